@@ -1,0 +1,14 @@
+"""Measurements of flash_ext beside torch's own attention. Run as modules from the repository root.
+
+demo             the main job: every implementation side by side on a few shapes (`make demo`)
+bench_attention  the papers' grid of shapes (`make bench`)
+small_shapes     v1 and v2 against naive attention on the shapes where launches, not FLOPs, decide
+memory           extra device memory by sequence length
+host_time        what one call costs the CPU thread that makes it
+hbm_traffic      bytes moved through device memory, by the profiler's counters
+gpu_check        tests, memory checker and bit repeatability on a GPU (`make gpu-check`)
+claims           the numbers the package promises beside what was measured
+readme_tables    writes the recorded results into README.md
+
+Results go to benchmarks/results/<device>/NAME.json, each with the commit and versions it was measured at.
+"""
