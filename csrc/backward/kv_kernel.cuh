@@ -1,0 +1,244 @@
+// dK and dV, and on the way dQ: FlashAttention-2's backward (Dao 2023, arXiv 2307.08691, Algorithm 2)
+// on mma.sync.
+//
+// One thread block owns kBlockN keys of one key head and walks over every query block that sees them,
+// of every query head in the group, so that dK and dV stay in registers to the end and are the same to
+// the bit in every run.
+//   1. load K, V; start Q, dO of the first query block
+//   2. for every query block i (of every query head of the group):
+//   3.   S = Q K^T, P = exp2(S - L)         dP = dO V^T, dS = P * (dP - delta)
+//   4.   P and dS through shared memory: the products below need them transposed
+//   5.   dV += P^T dO,  dK += dS^T Q
+//   6.   dQ_i += dS K, added to an fp32 buffer in memory (other thread blocks add to the same rows),
+//        and rowsum(dS), which the last kernel needs for the mean of K
+//   7. dK * scale, dV leave through shared memory
+#pragma once
+
+#include "backward/config.cuh"
+#include "backward/params.cuh"
+#include "common/block_range.h"
+#include "ptx/reduction.cuh"
+#include "sm80/copy_tile.cuh"
+
+namespace flash_ext::backward {
+
+// dQ's fp32 buffer holds accumulators as the threads hold them: four floats a thread, neighbouring
+// threads adjacent, so that a warp adds 512 contiguous bytes at a time.
+template <typename Config>
+struct DqTile {
+  using Warps = typename Config::QWarps;
+  static constexpr int kM = Config::kBlockM / Warps::kRows / 16;
+  static constexpr int kN = Config::kHeadDim / Warps::kCols / 8;
+  static constexpr int kFloats = Config::kBlockM * Config::kHeadDim;
+
+  int row0, col0;  // of this warp
+  int first;       // this thread's first float
+
+  __device__ __forceinline__ DqTile(int warp_idx, int lane_idx)
+      : row0(warp_idx / Warps::kCols * kM * 16),
+        col0(warp_idx % Warps::kCols * kN * 8),
+        first((warp_idx * kM * kN * 32 + lane_idx) * 4) {}
+
+  __device__ __forceinline__ int offset(int m, int n) const { return first + (m * kN + n) * 128; }
+};
+
+// Each row's sum of dS as the dQ product sees it, rounded: a product with a column of ones.
+template <int kKSteps, int kM, typename A>
+__device__ __forceinline__ void row_sums(float (&row_sum)[kM][2], const A& ds_operand) {
+  using M = typename A::M;
+  const auto ones = M::make_ones_b();
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+    float acc[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+    for (int k = 0; k < kKSteps; ++k) M::mma(acc, ds_operand.load(m, k), ones);
+    row_sum[m][0] = acc[0];
+    row_sum[m][1] = acc[2];
+  }
+}
+
+template <typename Config, bool kWithDq>
+__global__ void __launch_bounds__(Config::kNumThreads)
+    kv_kernel(const __grid_constant__ KernelParams p) {
+  using Element = typename Config::Element;
+  using Score = typename Config::ScoreWarps;
+  using KVGrid = typename Config::KVWarps;
+  constexpr int kBlockM = Config::kBlockM;
+  constexpr int kBlockN = Config::kBlockN;
+  constexpr int kHeadDim = Config::kHeadDim;
+  constexpr int kNumThreads = Config::kNumThreads;
+  constexpr int kStages = Config::kStages;
+  constexpr int kK = sm80::Mma<Element>::kK;
+  constexpr int kScoreM = kBlockM / Score::kRows / 16;
+  constexpr int kScoreN = kBlockN / Score::kCols / 8;
+  constexpr int kKVM = kBlockN / KVGrid::kRows / 16;
+  constexpr int kKVN = kHeadDim / KVGrid::kCols / 8;
+  extern __shared__ __align__(128) char smem_bytes[];
+  auto& smem = *reinterpret_cast<typename Config::SharedStorage*>(smem_bytes);
+
+  const int thread_idx = threadIdx.x;
+  const int lane_idx = thread_idx % 32;
+  // Through a shuffle, so that the compiler knows it to be the same for the whole warp.
+  const int warp_idx = __shfl_sync(0xffffffffu, thread_idx / 32, 0);
+  const int num_n_blocks = ceil_div(p.mask.seqlen_k, kBlockN);
+  const int n0 = static_cast<int>(blockIdx.x % num_n_blocks) * kBlockN;
+  const int batch_idx = blockIdx.x / num_n_blocks / p.heads_kv;
+  const int kv_head_idx = blockIdx.x / num_n_blocks % p.heads_kv;
+  const int seqlen_q = p.mask.seqlen_q;
+  const int seqlen_k = p.mask.seqlen_k;
+  const bool wants_dk = p.dk.data != nullptr;
+  const bool wants_dv = p.dv.data != nullptr;
+  const bool wants_ds = wants_dk || kWithDq;
+
+  const BlockRange blocks = query_blocks(p.mask, n0, kBlockM, kBlockN);
+  const int blocks_per_head = blocks.end - blocks.begin;
+  const int num_iterations = blocks_per_head > 0 ? blocks_per_head * p.group_size : 0;
+
+  // Starts the copy of iteration `it`'s Q, dO and row statistics.
+  auto load_queries = [&](int it) {
+    const int head_idx = kv_head_idx * p.group_size + it / blocks_per_head;
+    const int m0 = (blocks.begin + it % blocks_per_head) * kBlockM;
+    const int stage = it % kStages;
+    sm80::load_tile<kNumThreads>(
+        smem.q[stage], sm80::gmem_rows<Element>(p.q, batch_idx, head_idx, p.head_dim), m0, seqlen_q,
+        thread_idx);
+    sm80::load_tile<kNumThreads>(
+        smem.dout[stage], sm80::gmem_rows<Element>(p.dout, batch_idx, head_idx, p.head_dim), m0,
+        seqlen_q, thread_idx);
+    const int64_t row =
+        (static_cast<int64_t>(batch_idx) * p.heads_q + head_idx) * p.padded_seqlen_q + m0;
+    if (thread_idx < kBlockM / 4) {
+      const int i = thread_idx * 4;
+      ptx::cp_async_16B_zfill(ptx::smem_addr(&smem.lse_log2[stage][i]), p.lse_log2 + row + i, 16);
+      ptx::cp_async_16B_zfill(ptx::smem_addr(&smem.delta[stage][i]), p.delta + row + i, 16);
+    }
+    ptx::cp_async_commit_group();
+  };
+
+  float acc_dk[kKVM][kKVN][4];
+  float acc_dv[kKVM][kKVN][4];
+  sm80::clear(acc_dk);
+  sm80::clear(acc_dv);
+  const int score_row0 = warp_idx / Score::kCols * kScoreM * 16;
+  const int score_col0 = warp_idx % Score::kCols * kScoreN * 8;
+  const int kv_row0 = warp_idx / KVGrid::kCols * kKVM * 16;
+  const int kv_col0 = warp_idx % KVGrid::kCols * kKVN * 8;
+  const int row = score_row0 + lane_idx / 4;
+
+  if (num_iterations > 0) {
+    sm80::load_tile<kNumThreads>(
+        smem.k, sm80::gmem_rows<Element>(p.k, batch_idx, kv_head_idx, p.head_dim), n0, seqlen_k,
+        thread_idx);
+    sm80::load_tile<kNumThreads>(
+        smem.v, sm80::gmem_rows<Element>(p.v, batch_idx, kv_head_idx, p.head_dim), n0, seqlen_k,
+        thread_idx);
+    load_queries(0);
+  }
+
+  for (int it = 0; it < num_iterations; ++it) {
+    const int stage = it % kStages;
+    const int m_block = blocks.begin + it % blocks_per_head;
+    const int m0 = m_block * kBlockM;
+    ptx::cp_async_wait_group<0>();
+    __syncthreads();  // this iteration's tiles have arrived; the last one's P, dS are read
+    if (kStages > 1 && it + 1 < num_iterations) load_queries(it + 1);
+
+    // Step 3.
+    float acc_s[kScoreM][kScoreN][4];
+    sm80::clear(acc_s);
+    sm80::warp_gemm<kHeadDim / kK>(acc_s, sm80::KMajorA(smem.q[stage], score_row0, lane_idx),
+                                   sm80::KMajorB(smem.k, score_col0, lane_idx));
+    p.scale.apply_sign(acc_s);
+    if (!block_is_full(p.mask, m0, n0, kBlockN)) {
+      apply_mask(acc_s, p.mask, m0 + row, n0 + score_col0 + lane_idx % 4 * 2);
+    }
+    recompute_p(acc_s, smem.lse_log2[stage], p.scale.log2, row);
+    if (wants_dv) sm80::store_accumulator(smem.p, acc_s, score_row0, score_col0, lane_idx);
+    if (wants_ds) {
+      float acc_dp[kScoreM][kScoreN][4];
+      sm80::clear(acc_dp);
+      sm80::warp_gemm<kHeadDim / kK>(acc_dp, sm80::KMajorA(smem.dout[stage], score_row0, lane_idx),
+                                     sm80::KMajorB(smem.v, score_col0, lane_idx));
+      compute_ds(acc_dp, acc_s, smem.delta[stage], row);
+      sm80::store_accumulator(smem.ds, acc_dp, score_row0, score_col0, lane_idx);
+    }
+    __syncthreads();  // P and dS are complete
+
+    // Step 5.
+    using sm80::KOrder;
+    if (wants_dv) {
+      sm80::warp_gemm<kBlockM / kK>(
+          acc_dv, sm80::MNMajorA<typename Config::ScoreTile>(smem.p, kv_row0, lane_idx),
+          sm80::MNMajorB<typename Config::QTile, KOrder::kNatural>(smem.dout[stage], kv_col0, lane_idx));
+    }
+    if (wants_dk) {
+      sm80::warp_gemm<kBlockM / kK>(
+          acc_dk, sm80::MNMajorA<typename Config::ScoreTile>(smem.ds, kv_row0, lane_idx),
+          sm80::MNMajorB<typename Config::QTile, KOrder::kNatural>(smem.q[stage], kv_col0, lane_idx));
+    }
+    if (kStages == 1) {
+      __syncthreads();  // Q and dO are read; the next ones arrive behind the dQ product
+      if (it + 1 < num_iterations) load_queries(it + 1);
+    }
+
+    // Step 6.
+    if constexpr (kWithDq) {
+      using Dq = DqTile<Config>;
+      const Dq dq(warp_idx, lane_idx);
+      float acc_dq[Dq::kM][Dq::kN][4];
+      sm80::clear(acc_dq);
+      const sm80::KMajorA ds_operand(smem.ds, dq.row0, lane_idx);
+      sm80::warp_gemm<kBlockN / kK>(
+          acc_dq, ds_operand,
+          sm80::MNMajorB<typename Config::KVTile, KOrder::kNatural>(smem.k, dq.col0, lane_idx));
+      const int head_idx = kv_head_idx * p.group_size + it / blocks_per_head;
+      const int64_t tile_row =
+          (static_cast<int64_t>(batch_idx) * p.heads_q + head_idx) * p.padded_seqlen_q + m0;
+      float* accum = p.dq_accum + tile_row * kHeadDim;
+#pragma unroll
+      for (int m = 0; m < Dq::kM; ++m) {
+#pragma unroll
+        for (int n = 0; n < Dq::kN; ++n) {
+          const float(&acc)[4] = acc_dq[m][n];
+          ptx::red_add_v4(accum + dq.offset(m, n), acc[0], acc[1], acc[2], acc[3]);
+        }
+      }
+      if (dq.col0 == 0) {
+        float row_sum[Dq::kM][2];
+        row_sums<kBlockN / kK>(row_sum, ds_operand);
+#pragma unroll
+        for (int m = 0; m < Dq::kM; ++m) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const int row = dq.row0 + 16 * m + 8 * half + lane_idx / 4;
+            if (lane_idx % 4 == 0) ptx::red_add(p.dq_row_sum + tile_row + row, row_sum[m][half]);
+          }
+        }
+      }
+    }
+  }
+
+  // Step 7.
+  __syncthreads();
+#pragma unroll
+  for (int m = 0; m < kKVM; ++m)
+#pragma unroll
+    for (int n = 0; n < kKVN; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) acc_dk[m][n][i] *= p.softmax_scale;
+  sm80::store_accumulator(smem.k, acc_dk, kv_row0, kv_col0, lane_idx);
+  sm80::store_accumulator(smem.v, acc_dv, kv_row0, kv_col0, lane_idx);
+  __syncthreads();
+  if (wants_dk) {
+    sm80::store_tile<kNumThreads>(
+        sm80::gmem_rows<Element>(p.dk, batch_idx, kv_head_idx, p.head_dim), smem.k, n0, seqlen_k,
+        thread_idx);
+  }
+  if (wants_dv) {
+    sm80::store_tile<kNumThreads>(
+        sm80::gmem_rows<Element>(p.dv, batch_idx, kv_head_idx, p.head_dim), smem.v, n0, seqlen_k,
+        thread_idx);
+  }
+}
+
+}  // namespace flash_ext::backward

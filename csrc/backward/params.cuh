@@ -1,0 +1,114 @@
+// What every kernel of the backward gets, and the arithmetic they share.
+#pragma once
+
+#include "backward/workspace.h"
+#include "common/online_softmax.cuh"
+#include "params.h"
+#include "sm80/warp_gemm.cuh"
+
+namespace flash_ext::backward {
+
+struct KernelParams {
+  TensorView q, k, v, out, dout, dq, dk, dv;
+  const float* lse;
+  const float* dlse;  // nullptr: no gradient reached L
+  Mask mask;
+  SoftmaxScale scale;
+  float softmax_scale;
+  int head_dim;
+  int heads_q;
+  int heads_kv;
+  int group_size;
+  int padded_seqlen_q;
+  // Sections of the workspace, see BackwardWorkspace.
+  float* lse_log2;
+  float* delta;
+  float* dq_row_sum;
+  float* key_mean;
+  float* dq_accum;
+
+  KernelParams(const BackwardParams& params)
+      : q(params.q), k(params.k), v(params.v), out(params.out), dout(params.dout), dq(params.dq),
+        dk(params.dk), dv(params.dv), lse(static_cast<const float*>(params.lse)),
+        dlse(static_cast<const float*>(params.dlse)), mask(params.mask), scale(params.softmax_scale),
+        softmax_scale(static_cast<float>(params.softmax_scale)),
+        head_dim(static_cast<int>(params.shape.head_dim)),
+        heads_q(static_cast<int>(params.shape.heads_q)),
+        heads_kv(static_cast<int>(params.shape.heads_kv)),
+        group_size(static_cast<int>(params.shape.group_size())) {
+    const BackwardWorkspace sections(params);
+    padded_seqlen_q = static_cast<int>(sections.padded_seqlen_q);
+    lse_log2 = params.workspace + sections.lse_log2;
+    delta = params.workspace + sections.delta;
+    dq_row_sum = params.workspace + sections.dq_row_sum;
+    key_mean = params.workspace + sections.key_mean;
+    dq_accum = BackwardWorkspace::accumulates_dq(params) ? params.workspace + sections.dq_accum : nullptr;
+  }
+};
+
+// P = exp2(S - L) in place; hidden scores give exactly 0. `row0`: the thread's first row of the block.
+template <int kM, int kN>
+__device__ __forceinline__ void recompute_p(float (&acc_s)[kM][kN][4], const float* lse_log2,
+                                            float scale_log2, int row0) {
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float lse = lse_log2[row0 + 16 * m + 8 * half];
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          float& s = acc_s[m][n][2 * half + i];
+          s = ptx::exp2_approx(__fmaf_rn(s, scale_log2, -lse));
+        }
+      }
+    }
+  }
+}
+
+// dS = P * (dP - delta), in place of dP.
+template <int kM, int kN>
+__device__ __forceinline__ void compute_ds(float (&acc_dp)[kM][kN][4], const float (&acc_p)[kM][kN][4],
+                                           const float* delta, int row0) {
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float d = delta[row0 + 16 * m + 8 * half];
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          float& dp = acc_dp[m][n][2 * half + i];
+          dp = acc_p[m][n][2 * half + i] * (dp - d);
+        }
+      }
+    }
+  }
+}
+
+// The last step of dQ = scale * (dS K - rowsum(dS) mean(K)^T). Exactly, every row of dS sums to zero;
+// rounded, it does not, and the remainder times a large mean of K is an error of 10 to 50% in dQ on
+// biased keys. Any vector near the mean removes it.
+template <int kM, int kN>
+__device__ __forceinline__ void correct_and_scale_dq(float (&acc_dq)[kM][kN][4],
+                                                     const float (&row_sum)[kM][2],
+                                                     const float* key_mean, float softmax_scale,
+                                                     int col0) {
+#pragma unroll
+  for (int n = 0; n < kN; ++n) {
+    const float2 mean = *reinterpret_cast<const float2*>(key_mean + col0 + 8 * n);
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float* dq = &acc_dq[m][n][2 * half];
+        dq[0] = softmax_scale * (dq[0] - row_sum[m][half] * mean.x);
+        dq[1] = softmax_scale * (dq[1] - row_sum[m][half] * mean.y);
+      }
+    }
+  }
+}
+
+}  // namespace flash_ext::backward

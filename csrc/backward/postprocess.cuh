@@ -1,0 +1,56 @@
+// After the main kernel: dQ from its fp32 accumulator, with the correction for the mean of K.
+#pragma once
+
+#include "backward/kv_kernel.cuh"
+
+namespace flash_ext::backward {
+
+// The thread that added acc_dq[m][n] to the accumulator reads it back, so the layout never matters.
+template <typename Config>
+__global__ void __launch_bounds__(Config::kNumThreads)
+    dq_postprocess_kernel(const __grid_constant__ KernelParams p) {
+  using Element = typename Config::Element;
+  using Dq = DqTile<Config>;
+  constexpr int kBlockM = Config::kBlockM;
+  constexpr int kHeadDim = Config::kHeadDim;
+  extern __shared__ __align__(128) char smem_bytes[];
+  auto& tile = *reinterpret_cast<typename Config::QTile*>(smem_bytes);
+
+  const int lane_idx = threadIdx.x % 32;
+  const Dq dq(threadIdx.x / 32, lane_idx);
+  const int num_m_blocks = ceil_div(p.mask.seqlen_q, kBlockM);
+  const int m0 = static_cast<int>(blockIdx.x % num_m_blocks) * kBlockM;
+  const int batch_head = blockIdx.x / num_m_blocks;
+  const int batch_idx = batch_head / p.heads_q;
+  const int head_idx = batch_head % p.heads_q;
+  const int64_t tile_row = static_cast<int64_t>(batch_head) * p.padded_seqlen_q + m0;
+
+  float acc_dq[Dq::kM][Dq::kN][4];
+  float row_sum[Dq::kM][2];
+  const float* accum = p.dq_accum + tile_row * kHeadDim;
+#pragma unroll
+  for (int m = 0; m < Dq::kM; ++m) {
+#pragma unroll
+    for (int n = 0; n < Dq::kN; ++n) {
+      const float4 x = *reinterpret_cast<const float4*>(accum + dq.offset(m, n));
+      acc_dq[m][n][0] = x.x;
+      acc_dq[m][n][1] = x.y;
+      acc_dq[m][n][2] = x.z;
+      acc_dq[m][n][3] = x.w;
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      row_sum[m][half] = p.dq_row_sum[tile_row + dq.row0 + 16 * m + 8 * half + lane_idx / 4];
+    }
+  }
+  const int64_t kv_head = static_cast<int64_t>(batch_idx) * p.heads_kv + head_idx / p.group_size;
+  correct_and_scale_dq(acc_dq, row_sum, p.key_mean + kv_head * kHeadDim, p.softmax_scale,
+                       dq.col0 + lane_idx % 4 * 2);
+  sm80::store_accumulator(tile, acc_dq, dq.row0, dq.col0, lane_idx);
+  __syncthreads();
+  sm80::store_tile<Config::kNumThreads>(
+      sm80::gmem_rows<Element>(p.dq, batch_idx, head_idx, p.head_dim), tile, m0, p.mask.seqlen_q,
+      threadIdx.x);
+}
+
+}  // namespace flash_ext::backward

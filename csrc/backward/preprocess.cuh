@@ -1,0 +1,88 @@
+// Before the main kernel: per query row delta = rowsum(dO * O) - dL and L in units of log2, padded to
+// whole tiles; dQ's accumulator cleared; per key head a mean of K.
+#pragma once
+
+#include "backward/params.cuh"
+#include "sm80/copy_tile.cuh"
+
+namespace flash_ext::backward {
+
+inline constexpr int kPreprocessThreads = 128;
+
+// A row is read by kHeadDim / 8 neighbouring threads, eight elements each.
+template <typename Element, int kHeadDim>
+__global__ void __launch_bounds__(kPreprocessThreads)
+    row_stats_kernel(const __grid_constant__ KernelParams p) {
+  constexpr int kThreadsPerRow = kHeadDim / 8;
+  constexpr int kRowsPerBlock = kPreprocessThreads / kThreadsPerRow;
+  const int col = threadIdx.x % kThreadsPerRow * 8;
+  const int64_t padded_row =
+      static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.x / kThreadsPerRow;
+  const int row = static_cast<int>(padded_row % p.padded_seqlen_q);
+  const int64_t batch_head = padded_row / p.padded_seqlen_q;
+  const bool is_row = row < p.mask.seqlen_q;  // padding otherwise; uniform over the row's threads
+
+  float sum = 0.f;
+  if (is_row) {
+    const int64_t batch_idx = batch_head / p.heads_q;
+    const int64_t head_idx = batch_head % p.heads_q;
+    const auto out = sm80::gmem_rows<const Element>(p.out, batch_idx, head_idx, p.head_dim);
+    const auto dout = sm80::gmem_rows<const Element>(p.dout, batch_idx, head_idx, p.head_dim);
+    const Element* o = out.data + row * out.row_stride + col;
+    const Element* d = dout.data + row * dout.row_stride + col;
+    if (out.aligned16 && dout.aligned16 && col + 8 <= p.head_dim) {
+      constexpr int kVectors = sizeof(Element) / 2;
+      uint4 o_bits[kVectors], d_bits[kVectors];
+#pragma unroll
+      for (int i = 0; i < kVectors; ++i) {
+        o_bits[i] = reinterpret_cast<const uint4*>(o)[i];
+        d_bits[i] = reinterpret_cast<const uint4*>(d)[i];
+      }
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        sum += to_float(reinterpret_cast<const Element*>(o_bits)[i]) *
+               to_float(reinterpret_cast<const Element*>(d_bits)[i]);
+      }
+    } else {
+      for (int i = 0; i < 8 && col + i < p.head_dim; ++i) sum += to_float(o[i]) * to_float(d[i]);
+    }
+  }
+#pragma unroll
+  for (int offset = kThreadsPerRow / 2; offset > 0; offset /= 2) {
+    sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+  }
+  if (col == 0) {
+    const int64_t i = batch_head * p.mask.seqlen_q + row;
+    p.delta[padded_row] = is_row ? sum - (p.dlse != nullptr ? p.dlse[i] : 0.f) : 0.f;
+    p.lse_log2[padded_row] = backward_lse_log2(is_row ? p.lse[i] : -INFINITY);
+    p.dq_row_sum[padded_row] = 0.f;
+  }
+  if (p.dq_accum != nullptr) {
+    float4* accum = reinterpret_cast<float4*>(p.dq_accum + padded_row * kHeadDim + col);
+    accum[0] = accum[1] = make_float4(0.f, 0.f, 0.f, 0.f);
+  }
+}
+
+// The mean of at most kMeanRows evenly spaced keys: near enough to the true mean for the correction of
+// dQ (see correct_and_scale_dq), and the same in every run.
+inline constexpr int kMeanRows = 256;
+
+template <typename Element, int kHeadDim>
+__global__ void __launch_bounds__(kHeadDim) key_mean_kernel(const __grid_constant__ KernelParams p) {
+  const int64_t batch_idx = blockIdx.x / p.heads_kv;
+  const int64_t kv_head_idx = blockIdx.x % p.heads_kv;
+  const auto k = sm80::gmem_rows<const Element>(p.k, batch_idx, kv_head_idx, p.head_dim);
+  const int col = threadIdx.x;
+  const int num_rows = min(p.mask.seqlen_k, kMeanRows);
+  float sum = 0.f;
+  if (col < p.head_dim) {
+#pragma unroll 8
+    for (int i = 0; i < num_rows; ++i) {
+      const int64_t row = static_cast<int64_t>(i) * p.mask.seqlen_k / num_rows;
+      sum += to_float(k.data[row * k.row_stride + col]);
+    }
+  }
+  p.key_mean[static_cast<int64_t>(blockIdx.x) * kHeadDim + col] = sum / static_cast<float>(num_rows);
+}
+
+}  // namespace flash_ext::backward

@@ -1,0 +1,135 @@
+// Online softmax on mma accumulators. A thread of a warp holds, of each 16x8 tile, two rows
+// (lane / 4 and lane / 4 + 8) and two columns; the four threads of a quad share a row.
+#pragma once
+
+#include "common/mask.h"
+#include "common/softmax_math.h"
+#include "ptx/math.cuh"
+
+namespace flash_ext {
+
+__device__ __forceinline__ float quad_max(float x) {
+  x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 1));
+  return fmaxf(x, __shfl_xor_sync(0xffffffffu, x, 2));
+}
+
+__device__ __forceinline__ float quad_sum(float x) {
+  x += __shfl_xor_sync(0xffffffffu, x, 1);
+  return x + __shfl_xor_sync(0xffffffffu, x, 2);
+}
+
+// The scale as kernels apply it: |scale| goes into the exponent's FMA, the sign into the scores, for
+// the running maximum must be that of the scaled scores.
+struct SoftmaxScale {
+  float log2;   // |softmax_scale| * log2(e)
+  bool negate;  // softmax_scale < 0
+
+  explicit SoftmaxScale(double softmax_scale)
+      : log2(static_cast<float>(std::fabs(softmax_scale_log2(softmax_scale)))),
+        negate(softmax_scale < 0) {}
+
+  template <int kM, int kN>
+  __device__ __forceinline__ void apply_sign(float (&acc_s)[kM][kN][4]) const {
+    if (!negate) return;
+#pragma unroll
+    for (int m = 0; m < kM; ++m)
+#pragma unroll
+      for (int n = 0; n < kN; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) acc_s[m][n][i] = -acc_s[m][n][i];
+  }
+};
+
+// Sets the scores that the mask hides to -inf. `row0`, `col0`: the thread's first row and column.
+template <int kM, int kN>
+__device__ __forceinline__ void apply_mask(float (&acc_s)[kM][kN][4], const Mask& mask, int row0,
+                                           int col0) {
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int key_end = mask.key_end(row0 + 16 * m + 8 * half);
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          if (col0 + 8 * n + i >= key_end) acc_s[m][n][2 * half + i] = -INFINITY;
+        }
+      }
+    }
+  }
+}
+
+template <int kM>
+struct OnlineSoftmax {
+  float row_max[kM][2];  // of the unscaled scores
+  float row_sum[kM][2];  // this thread's columns only, until finalize()
+
+  __device__ __forceinline__ OnlineSoftmax() {
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+      row_max[m][0] = row_max[m][1] = -INFINITY;
+      row_sum[m][0] = row_sum[m][1] = 0.f;
+    }
+  }
+
+  // Turns scores into weights and brings row_sum and acc_o to the new maximum.
+  template <int kN, int kNO>
+  __device__ __forceinline__ void update(float (&acc_s)[kM][kN][4], float (&acc_o)[kM][kNO][4],
+                                         float scale_log2) {
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float new_max = row_max[m][half];
+#pragma unroll
+        for (int n = 0; n < kN; ++n) {
+          new_max = fmaxf(new_max, fmaxf(acc_s[m][n][2 * half], acc_s[m][n][2 * half + 1]));
+        }
+        new_max = quad_max(new_max);
+        // Both maxima are scaled and rounded before they are subtracted, exactly as in the exponents
+        // below: at logits of 1e5 the rounding alone would otherwise be a factor of 1.005.
+        const float max_log2 = guarded_max(new_max) * scale_log2;
+        const float rescale = ptx::exp2_approx(row_max[m][half] * scale_log2 - max_log2);
+        row_max[m][half] = new_max;
+        float sum = row_sum[m][half] * rescale;
+#pragma unroll
+        for (int n = 0; n < kN; ++n) {
+#pragma unroll
+          for (int i = 0; i < 2; ++i) {
+            float& s = acc_s[m][n][2 * half + i];
+            s = ptx::exp2_approx(__fmaf_rn(s, scale_log2, -max_log2));
+            sum += s;
+          }
+        }
+        row_sum[m][half] = sum;
+#pragma unroll
+        for (int n = 0; n < kNO; ++n) {
+          acc_o[m][n][2 * half] *= rescale;
+          acc_o[m][n][2 * half + 1] *= rescale;
+        }
+      }
+    }
+  }
+
+  // Joins the quad's sums, divides acc_o by them and leaves the log-sum-exp in row_max.
+  template <int kNO>
+  __device__ __forceinline__ void finalize(float (&acc_o)[kM][kNO][4], float scale_log2) {
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float sum = quad_sum(row_sum[m][half]);
+        const float inverse = inverse_sum(sum);
+        row_max[m][half] = finalize_lse(row_max[m][half] * scale_log2, sum);
+#pragma unroll
+        for (int n = 0; n < kNO; ++n) {
+          acc_o[m][n][2 * half] *= inverse;
+          acc_o[m][n][2 * half + 1] *= inverse;
+        }
+      }
+    }
+  }
+};
+
+}  // namespace flash_ext

@@ -1,0 +1,44 @@
+// The launchers: all that the operators know of the kernels. Each template is instantiated in small
+// generated translation units, one per (kernel, element type, head dimension); see setup.py.
+#pragma once
+
+#include <cstdint>
+
+#include "params.h"
+
+struct CUstream_st;
+
+namespace flash_ext {
+
+using CudaStream = CUstream_st*;
+
+// ---- CUDA: Element is __half, __nv_bfloat16 or float; shape.head_dim <= kHeadDim ----------------
+
+template <typename Element, int kHeadDim>
+void launch_forward_v1(const ForwardParams& params, CudaStream stream);
+
+template <typename Element, int kHeadDim>
+void launch_forward_v2(const ForwardParams& params, CudaStream stream);
+
+template <typename Element, int kHeadDim>
+void launch_backward(const BackwardParams& params, CudaStream stream);
+
+// What `explain` reports about a kernel.
+struct KernelPlan {
+  int block_m = 0;
+  int block_n = 0;
+  int num_warps = 0;
+  int64_t shared_memory_bytes = 0;
+  int64_t num_thread_blocks = 0;
+};
+
+template <typename Element, int kHeadDim>
+KernelPlan plan_forward_v1(const ForwardParams& params);
+
+template <typename Element, int kHeadDim>
+KernelPlan plan_forward_v2(const ForwardParams& params);
+
+template <typename Element, int kHeadDim>
+KernelPlan plan_backward(const BackwardParams& params);
+
+}  // namespace flash_ext

@@ -1,0 +1,55 @@
+// What a kernel launch needs to know: plain structs, no torch, no CUDA types.
+#pragma once
+
+#include <cstdint>
+
+#include "common/mask.h"
+
+namespace flash_ext {
+
+// A (batch, heads, seqlen, head_dim) tensor. Strides are in elements, may be 0 (expanded), and the
+// last dimension is dense. `data == nullptr` means "not wanted" for outputs.
+struct TensorView {
+  void* data = nullptr;
+  int64_t batch_stride = 0;
+  int64_t head_stride = 0;
+  int64_t row_stride = 0;
+  // Base address and all strides are multiples of 16 bytes: rows may be moved by 16-byte copies.
+  bool aligned16 = false;
+};
+
+struct AttentionShape {
+  int64_t batch = 0;
+  int64_t heads_q = 0;
+  int64_t heads_kv = 0;  // divides heads_q
+  int64_t seqlen_q = 0;
+  int64_t seqlen_k = 0;
+  int64_t head_dim = 0;  // 1..256; kernels round it up to their kHeadDim with zeros
+
+  int64_t group_size() const { return heads_q / heads_kv; }
+};
+
+struct ForwardParams {
+  AttentionShape shape;
+  Mask mask;
+  double softmax_scale = 1.0;
+  TensorView q, k, v, out;
+  void* lse = nullptr;  // (batch, heads_q, seqlen_q) dense; fp32, fp64 for fp64 inputs
+  // v1 only: O, l and m of Algorithm 1 between two K/V blocks, see v1_workspace_floats().
+  float* workspace = nullptr;
+};
+
+struct BackwardParams {
+  AttentionShape shape;
+  Mask mask;
+  double softmax_scale = 1.0;
+  TensorView q, k, v, out, dout;
+  TensorView dq, dk, dv;       // data == nullptr: gradient not asked for
+  const void* lse = nullptr;   // (batch, heads_q, seqlen_q) dense
+  const void* dlse = nullptr;  // like lse, or nullptr for zero
+  bool deterministic = false;
+  // Scratch of the CUDA kernels, see backward_workspace_floats().
+  float* workspace = nullptr;
+};
+
+}  // namespace flash_ext

@@ -1,0 +1,32 @@
+// Asynchronous copies from global to shared memory (Ampere and later). PTX ISA 9.7.9.25.3.
+// Wrappers that order memory carry a "memory" clobber; see the same rule in every file of ptx/.
+#pragma once
+
+#include <cstdint>
+
+namespace flash_ext::ptx {
+
+// A 32-bit shared-memory address, the form every instruction below takes.
+__device__ __forceinline__ uint32_t smem_addr(const void* ptr) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(ptr));
+}
+
+// Copies the first `src_bytes` (0..16) of 16 bytes and zero-fills the rest; with 0 bytes the source is
+// not read. Both addresses are multiples of 16. `.cg` keeps streamed tiles out of L1.
+__device__ __forceinline__ void cp_async_16B_zfill(uint32_t dst, const void* src, int src_bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(dst), "l"(src), "r"(src_bytes)
+               : "memory");
+}
+
+__device__ __forceinline__ void cp_async_commit_group() {
+  asm volatile("cp.async.commit_group;\n" ::: "memory");
+}
+
+// Waits until at most kPending of this thread's groups are in flight. Other threads' copies become
+// visible only after a barrier that follows.
+template <int kPending>
+__device__ __forceinline__ void cp_async_wait_group() {
+  asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
+}
+
+}  // namespace flash_ext::ptx

@@ -1,0 +1,273 @@
+// v1 forward: Algorithm 1 of FlashAttention (Dao et al. 2022, arXiv 2205.14135) as published, on
+// mma.sync. One thread block per (batch, head). Line numbers are the paper's:
+//    2. O = 0, l = 0, m = -inf in HBM
+//    5. for every K/V block j:
+//    6.   load K_j, V_j
+//    7.   for every Q block i:
+//    8.     load Q_i, O_i, l_i, m_i
+//    9.     S = Q_i K_j^T
+//   10.     m~ = rowmax(S), P~ = exp(S - m~), l~ = rowsum(P~)
+//   11.     m_new = max(m_i, m~), l_new = e^(m_i - m_new) l_i + e^(m~ - m_new) l~
+//   12.     O_i = diag(l_new)^-1 (diag(l_i) e^(m_i - m_new) O_i + e^(m~ - m_new) P~ V_j)
+//   13.     l_i = l_new, m_i = m_new
+//
+// Each warp computes a slice of S's columns, so line 10 needs the other warps' maxima and line 12 the
+// sum of their products: both go through shared memory. That, the round trip of O through HBM, and the
+// single thread block per head are what v2 does away with.
+#pragma once
+
+#include "common/block_range.h"
+#include "common/online_softmax.cuh"
+#include "params.h"
+#include "sm80/copy_tile.cuh"
+#include "sm80/warp_gemm.cuh"
+#include "v1/config.cuh"
+
+namespace flash_ext::v1 {
+
+struct KernelParams {
+  TensorView q, k, v, out;
+  float* lse;
+  Mask mask;
+  SoftmaxScale scale;
+  int head_dim;
+  int heads_q;
+  int group_size;
+  // The state in HBM, see v1_workspace_floats().
+  float* o;
+  float* l;
+  float* m;
+};
+
+// O, l and m of one head.
+struct State {
+  float* o;
+  float* l;
+  float* m;
+};
+
+// Line 2.
+template <typename Config>
+__device__ __forceinline__ void initialize(const State& state, int seqlen_q, int thread_idx) {
+  for (int64_t i = thread_idx; i < static_cast<int64_t>(seqlen_q) * Config::kHeadDim;
+       i += Config::kNumThreads) {
+    state.o[i] = 0.f;
+  }
+  for (int row = thread_idx; row < seqlen_q; row += Config::kNumThreads) {
+    state.l[row] = 0.f;
+    state.m[row] = -INFINITY;
+  }
+}
+
+// Line 10, this warp's columns: S becomes P~ relative to the row maximum of all warps, which is left in
+// partial_max[0]; the warp's share of l~ goes to partial_sum.
+template <typename Config, int kM, int kN>
+__device__ __forceinline__ void softmax_block(typename Config::SharedStorage& smem,
+                                              float (&acc_s)[kM][kN][4], float scale_log2,
+                                              int warp_idx, int lane_idx) {
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float row_max = -INFINITY;
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+        row_max = fmaxf(row_max, fmaxf(acc_s[m][n][2 * half], acc_s[m][n][2 * half + 1]));
+      }
+      row_max = quad_max(row_max);
+      if (lane_idx % 4 == 0) smem.partial_max[warp_idx][16 * m + 8 * half + lane_idx / 4] = row_max;
+    }
+  }
+  __syncthreads();
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = 16 * m + 8 * half + lane_idx / 4;
+      float row_max = smem.partial_max[0][row];
+#pragma unroll
+      for (int w = 1; w < Config::kNumWarps; ++w) row_max = fmaxf(row_max, smem.partial_max[w][row]);
+      const float max_log2 = guarded_max(row_max) * scale_log2;
+      float row_sum = 0.f;
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          float& s = acc_s[m][n][2 * half + i];
+          s = ptx::exp2_approx(__fmaf_rn(s, scale_log2, -max_log2));
+          row_sum += s;
+        }
+      }
+      row_sum = quad_sum(row_sum);
+      if (lane_idx % 4 == 0) smem.partial_sum[warp_idx][row] = row_sum;
+    }
+  }
+}
+
+// Lines 11 and 13, one thread a row, and the two factors of line 12, which take the place of warp 0's
+// maximum and sum.
+template <typename Config>
+__device__ __forceinline__ void update_row_stats(typename Config::SharedStorage& smem,
+                                                 const State& state, int m0, int seqlen_q,
+                                                 float scale_log2, int thread_idx) {
+  for (int row = thread_idx; row < Config::kBlockM && m0 + row < seqlen_q;
+       row += Config::kNumThreads) {
+    float block_max = smem.partial_max[0][row];
+    float block_sum = smem.partial_sum[0][row];
+#pragma unroll
+    for (int w = 1; w < Config::kNumWarps; ++w) {
+      block_max = fmaxf(block_max, smem.partial_max[w][row]);
+      block_sum += smem.partial_sum[w][row];
+    }
+    const float old_max = state.m[m0 + row];
+    const float new_max = fmaxf(old_max, block_max);
+    const float new_max_log2 = guarded_max(new_max) * scale_log2;
+    const float old_sum = ptx::exp2_approx(old_max * scale_log2 - new_max_log2) * state.l[m0 + row];
+    const float block_factor = ptx::exp2_approx(block_max * scale_log2 - new_max_log2);
+    const float new_sum = old_sum + block_factor * block_sum;
+    const float inverse = inverse_sum(new_sum);
+    smem.partial_max[0][row] = old_sum * inverse;
+    smem.partial_sum[0][row] = block_factor * inverse;
+    state.l[m0 + row] = new_sum;
+    state.m[m0 + row] = new_max;
+  }
+}
+
+// Line 12 for kJoinRows rows of the tile from row0: joins the warps' products and updates O in HBM.
+template <typename Config>
+__device__ __forceinline__ void update_output(typename Config::SharedStorage& smem,
+                                              const State& state, int m0, int row0, int seqlen_q,
+                                              int thread_idx) {
+  constexpr int kVectors = Config::kHeadDim / 4;
+#pragma unroll
+  for (int i = 0; i < Config::kJoinRows * kVectors / Config::kNumThreads; ++i) {
+    const int row = (thread_idx + i * Config::kNumThreads) / kVectors;
+    const int col = (thread_idx + i * Config::kNumThreads) % kVectors * 4;
+    const int q_row = m0 + row0 + row;
+    if (q_row >= seqlen_q) continue;
+    float4 pv = *reinterpret_cast<const float4*>(&smem.partial_o[0][row][col]);
+#pragma unroll
+    for (int w = 1; w < Config::kNumWarps; ++w) {
+      const float4 x = *reinterpret_cast<const float4*>(&smem.partial_o[w][row][col]);
+      pv = make_float4(pv.x + x.x, pv.y + x.y, pv.z + x.z, pv.w + x.w);
+    }
+    const float a = smem.partial_max[0][row0 + row];
+    const float b = smem.partial_sum[0][row0 + row];
+    float4* o = reinterpret_cast<float4*>(state.o + static_cast<int64_t>(q_row) * Config::kHeadDim + col);
+    const float4 old = *o;
+    *o = make_float4(a * old.x + b * pv.x, a * old.y + b * pv.y, a * old.z + b * pv.z,
+                     a * old.w + b * pv.w);
+  }
+}
+
+// Leaves O in the tensor's type and L = m + log l.
+template <typename Config>
+__device__ __forceinline__ void finish(const State& state,
+                                       const sm80::GmemRows<typename Config::Element>& out, float* lse,
+                                       int seqlen_q, float scale_log2, int thread_idx) {
+  constexpr int kHeadDim = Config::kHeadDim;
+  for (int64_t i = thread_idx; i < static_cast<int64_t>(seqlen_q) * kHeadDim;
+       i += Config::kNumThreads) {
+    const int64_t row = i / kHeadDim;
+    const int col = static_cast<int>(i % kHeadDim);
+    if (col < out.num_cols) {
+      out.data[row * out.row_stride + col] = from_float<typename Config::Element>(state.o[i]);
+    }
+  }
+  for (int row = thread_idx; row < seqlen_q; row += Config::kNumThreads) {
+    lse[row] = finalize_lse(state.m[row] * scale_log2, state.l[row]);
+  }
+}
+
+template <typename Config>
+__global__ void __launch_bounds__(Config::kNumThreads)
+    forward_kernel(const __grid_constant__ KernelParams p) {
+  using Element = typename Config::Element;
+  constexpr int kBlockM = Config::kBlockM;
+  constexpr int kBlockN = Config::kBlockN;
+  constexpr int kHeadDim = Config::kHeadDim;
+  constexpr int kNumThreads = Config::kNumThreads;
+  constexpr int kJoinM = Config::kJoinRows / 16;
+  constexpr int kStepsD = kHeadDim / sm80::Mma<Element>::kK;
+  using VOperand = sm80::MNMajorB<typename Config::KVTile, sm80::KOrder::kAccumulator>;
+  extern __shared__ __align__(128) char smem_bytes[];
+  auto& smem = *reinterpret_cast<typename Config::SharedStorage*>(smem_bytes);
+
+  const int thread_idx = threadIdx.x;
+  const int lane_idx = thread_idx % 32;
+  const int warp_idx = thread_idx / 32;
+  const int warp_col0 = warp_idx * Config::kWarpCols;
+  const int batch_idx = blockIdx.x / p.heads_q;
+  const int head_idx = blockIdx.x % p.heads_q;
+  const int kv_head_idx = head_idx / p.group_size;
+  const int seqlen_q = p.mask.seqlen_q;
+  const int seqlen_k = p.mask.seqlen_k;
+  const auto q_gmem = sm80::gmem_rows<Element>(p.q, batch_idx, head_idx, p.head_dim);
+  const auto k_gmem = sm80::gmem_rows<Element>(p.k, batch_idx, kv_head_idx, p.head_dim);
+  const auto v_gmem = sm80::gmem_rows<Element>(p.v, batch_idx, kv_head_idx, p.head_dim);
+  const int64_t row_base = static_cast<int64_t>(blockIdx.x) * seqlen_q;
+  const State state{p.o + row_base * kHeadDim, p.l + row_base, p.m + row_base};
+
+  initialize<Config>(state, seqlen_q, thread_idx);
+  for (int n0 = 0; n0 < seqlen_k; n0 += kBlockN) {
+    const BlockRange blocks = query_blocks(p.mask, n0, kBlockM, kBlockN);
+    auto load_q = [&](int m_block) {
+      sm80::load_tile<kNumThreads>(smem.q[m_block % 2], q_gmem, m_block * kBlockM, seqlen_q,
+                                   thread_idx);
+      ptx::cp_async_commit_group();
+    };
+    __syncthreads();  // the previous K, V and O are done with
+    sm80::load_tile<kNumThreads>(smem.k, k_gmem, n0, seqlen_k, thread_idx);
+    sm80::load_tile<kNumThreads>(smem.v, v_gmem, n0, seqlen_k, thread_idx);
+    if (blocks.begin < blocks.end) load_q(blocks.begin);
+
+    for (int m_block = blocks.begin; m_block < blocks.end; ++m_block) {
+      const int m0 = m_block * kBlockM;
+      ptx::cp_async_wait_group<0>();
+      __syncthreads();  // Q_i has arrived; the previous step's shared memory is done with
+      if (m_block + 1 < blocks.end) load_q(m_block + 1);
+
+      float acc_s[kBlockM / 16][Config::kWarpCols / 8][4];
+      sm80::clear(acc_s);
+      sm80::warp_gemm<kStepsD>(acc_s, sm80::KMajorA(smem.q[m_block % 2], 0, lane_idx),
+                               sm80::KMajorB(smem.k, warp_col0, lane_idx));
+      p.scale.apply_sign(acc_s);
+      if (!block_is_full(p.mask, m0, n0, kBlockN)) {
+        apply_mask(acc_s, p.mask, m0 + lane_idx / 4, n0 + warp_col0 + lane_idx % 4 * 2);
+      }
+      softmax_block<Config>(smem, acc_s, p.scale.log2, warp_idx, lane_idx);
+#pragma unroll
+      for (int m = 0; m < kBlockM / 16; m += kJoinM) {
+        float acc_o[kJoinM][kHeadDim / 8][4];
+        sm80::clear(acc_o);
+        sm80::warp_gemm_acc<Element>(
+            acc_o, reinterpret_cast<const float(&)[kJoinM][Config::kWarpCols / 8][4]>(acc_s[m]),
+            VOperand(smem.v, 0, lane_idx, warp_col0));
+#pragma unroll
+        for (int i = 0; i < kJoinM; ++i) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            float* row = smem.partial_o[warp_idx][16 * i + 8 * half + lane_idx / 4];
+#pragma unroll
+            for (int n = 0; n < kHeadDim / 8; ++n) {
+              store_pair(row + 8 * n + lane_idx % 4 * 2, acc_o[i][n][2 * half],
+                         acc_o[i][n][2 * half + 1]);
+            }
+          }
+        }
+        __syncthreads();  // the warps' products, maxima and sums are complete
+        if (m == 0) {
+          update_row_stats<Config>(smem, state, m0, seqlen_q, p.scale.log2, thread_idx);
+          __syncthreads();
+        }
+        update_output<Config>(smem, state, m0, 16 * m, seqlen_q, thread_idx);
+        if (m + kJoinM < kBlockM / 16) __syncthreads();  // partial_o is read
+      }
+    }
+  }
+  __syncthreads();
+  finish<Config>(state, sm80::gmem_rows<Element>(p.out, batch_idx, head_idx, p.head_dim),
+                 p.lse + row_base, seqlen_q, p.scale.log2, thread_idx);
+}
+
+}  // namespace flash_ext::v1

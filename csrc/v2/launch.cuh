@@ -1,0 +1,64 @@
+// Host side of the v2 forward: picks a configuration, fills the kernel's parameters, launches.
+#pragma once
+
+#include "common/cuda_check.h"
+#include "launch.h"
+#include "v2/kernel.cuh"
+
+namespace flash_ext {
+namespace v2 {
+
+template <typename Config>
+int num_m_blocks(const AttentionShape& shape) {
+  return static_cast<int>((shape.seqlen_q + Config::kBlockM - 1) / Config::kBlockM);
+}
+
+// Calls `visit` with the configuration for this many query tiles on this device.
+template <typename Element, int kHeadDim, typename Visit>
+auto with_config(const ForwardParams& params, Visit visit) {
+  using Full = Config<Element, kHeadDim, Grid::kFull>;
+  using Small = Config<Element, kHeadDim, Grid::kSmall>;
+  if constexpr (Full::kBlockM != Small::kBlockM) {
+    const AttentionShape& s = params.shape;
+    if (s.batch * s.heads_q * num_m_blocks<Full>(s) < num_multiprocessors(s)) return visit(Small{});
+  }
+  return visit(Full{});
+}
+
+}  // namespace v2
+
+template <typename Element, int kHeadDim>
+void launch_forward_v2(const ForwardParams& params, CudaStream stream) {
+  v2::with_config<Element, kHeadDim>(params, [&](auto config) {
+    using Config = decltype(config);
+    const AttentionShape& s = params.shape;
+    const int num_m_blocks = v2::num_m_blocks<Config>(s);
+    const v2::KernelParams p{params.q,
+                             params.k,
+                             params.v,
+                             params.out,
+                             static_cast<float*>(params.lse),
+                             params.mask,
+                             SoftmaxScale(params.softmax_scale),
+                             static_cast<int>(s.head_dim),
+                             static_cast<int>(s.heads_q),
+                             static_cast<int>(s.group_size()),
+                             num_m_blocks};
+    launch_kernel(v2::forward_kernel<Config>, s.batch * s.heads_q * num_m_blocks,
+                  Config::kNumThreads, sizeof(typename Config::SharedStorage), stream,
+                  "the v2 forward kernel", p, s);
+  });
+}
+
+template <typename Element, int kHeadDim>
+KernelPlan plan_forward_v2(const ForwardParams& params) {
+  return v2::with_config<Element, kHeadDim>(params, [&](auto config) {
+    using Config = decltype(config);
+    const AttentionShape& s = params.shape;
+    return KernelPlan{Config::kBlockM, Config::kBlockN, Config::kNumWarps,
+                      sizeof(typename Config::SharedStorage),
+                      s.batch * s.heads_q * v2::num_m_blocks<Config>(s)};
+  });
+}
+
+}  // namespace flash_ext
