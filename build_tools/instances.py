@@ -1,0 +1,80 @@
+"""The table of kernel instances. Each (kernel, dtype, head_dim) is one small generated translation unit;
+the same table reaches the dispatcher (csrc/dispatch.h) as macros, so that the two cannot disagree.
+
+A developer's build of one instance: FLASH_EXT_HEAD_DIMS=128 FLASH_EXT_DTYPES=bf16 make build
+"""
+
+from dataclasses import dataclass
+
+from build_tools.toolchain import BuildError
+
+# Slowest to compile first, so that the last jobs of a build are short ones.
+KERNELS = ("backward", "forward_v2", "forward_v1")
+DTYPES = {"fp32": "float", "bf16": "__nv_bfloat16", "fp16": "__half"}
+HEAD_DIMS = (64, 128, 256)
+
+_FOLDERS = {"backward": "backward", "forward_v2": "v2", "forward_v1": "v1"}
+_PARAMS = {"backward": "BackwardParams", "forward_v2": "ForwardParams", "forward_v1": "ForwardParams"}
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The dtypes and head dimensions of one build."""
+
+    dtypes: tuple[str, ...] = tuple(DTYPES)
+    head_dims: tuple[int, ...] = HEAD_DIMS
+
+    @classmethod
+    def from_environment(cls, environ):
+        dtypes = _chosen(environ, "FLASH_EXT_DTYPES", tuple(DTYPES))
+        head_dims = _chosen(environ, "FLASH_EXT_HEAD_DIMS", tuple(map(str, HEAD_DIMS)))
+        return cls(dtypes, tuple(sorted(map(int, head_dims))))
+
+    def macros(self):
+        return [
+            ("FLASH_EXT_ELEMENTS", ",".join(DTYPES[dtype] for dtype in self.dtypes)),
+            ("FLASH_EXT_HEAD_DIMS", ",".join(map(str, self.head_dims))),
+        ]
+
+    def sources(self):
+        """File name -> text of every instance."""
+        return {
+            f"{kernel}_{dtype}_hdim{head_dim}.cu": _source(kernel, DTYPES[dtype], head_dim)
+            for kernel in KERNELS
+            for head_dim in sorted(self.head_dims, reverse=True)
+            for dtype in self.dtypes
+        }
+
+
+def _chosen(environ, variable, allowed):
+    """The values that `variable` names, in the table's order; all of them where it is not set."""
+    if not environ.get(variable):
+        return allowed
+    wanted = environ[variable].replace(",", " ").split()
+    for value in wanted:
+        if value not in allowed:
+            raise BuildError(f"{variable} may name {', '.join(allowed)}, got {value!r}")
+    return tuple(value for value in allowed if value in wanted)
+
+
+def _source(kernel, element, head_dim):
+    arguments = f"<{element}, {head_dim}>(\n    const flash_ext::{_PARAMS[kernel]}&"
+    return (
+        f'#include "{_FOLDERS[kernel]}/launch.cuh"\n\n'
+        f"template void flash_ext::launch_{kernel}{arguments}, flash_ext::CudaStream);\n"
+        f"template flash_ext::KernelPlan flash_ext::plan_{kernel}{arguments});\n"
+    )
+
+
+def write_if_changed(path, text):
+    """Leave an unchanged file's time alone: ninja then has nothing to do."""
+    if not path.exists() or path.read_text() != text:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+def write_sources(selection, folder):
+    """Write the selected instances into `folder` and return their paths, slowest first."""
+    for name, text in selection.sources().items():
+        write_if_changed(folder / name, text)
+    return [folder / name for name in selection.sources()]

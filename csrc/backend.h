@@ -1,0 +1,32 @@
+// Where attention runs. The operators check, allocate and describe; a backend launches.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/core/ScalarType.h>
+#include <c10/util/OptionalArrayRef.h>
+
+#include "algorithm.h"
+#include "launch.h"
+#include "params.h"
+
+namespace flash_ext {
+
+namespace cpu_backend {
+using Tile = at::OptionalIntArrayRef;  // (block_m, block_n); none = the kernel's own choice
+void forward(Algorithm algorithm, c10::ScalarType dtype, const ForwardParams& params, Tile tile);
+void backward(c10::ScalarType dtype, const BackwardParams& params, Tile tile);
+KernelPlan plan_forward();
+const char* capability();  // the SIMD level in use
+}  // namespace cpu_backend
+
+// Defined by cuda_backend.cpp, or by cuda_backend_absent.cpp in a CPU-only build.
+namespace cuda_backend {
+// Allocate scratch and launch on the current stream of `device`.
+void forward(Algorithm algorithm, c10::ScalarType dtype, ForwardParams params, c10::Device device);
+void backward(c10::ScalarType dtype, BackwardParams params, c10::Device device);
+
+KernelPlan plan_forward(Algorithm algorithm, c10::ScalarType dtype, const ForwardParams& params);
+int64_t forward_workspace_bytes(Algorithm algorithm, const AttentionShape& shape);
+}  // namespace cuda_backend
+
+}  // namespace flash_ext

@@ -1,0 +1,44 @@
+// The CPU kernels behind the operators.
+#include "backend.h"
+#include "cpu/attention.h"
+#include "dispatch.h"
+
+namespace flash_ext::cpu_backend {
+namespace {
+
+using CpuElements = TypeList<float, double, c10::Half, c10::BFloat16>;
+
+cpu::TileShape tile_or(Tile tile, cpu::TileShape fallback) {
+  if (!tile) return fallback;
+  return {static_cast<int>((*tile)[0]), static_cast<int>((*tile)[1])};
+}
+
+}  // namespace
+
+void forward(Algorithm algorithm, c10::ScalarType dtype, const ForwardParams& params, Tile tile) {
+  const auto shape = tile_or(tile, cpu::default_forward_tile());
+  dispatch_dtype(CpuElements{}, dtype, [&](auto element) {
+    using Scalar = typename decltype(element)::type;
+    algorithm == Algorithm::kV1 ? cpu::forward_v1<Scalar>(params, shape)
+                                : cpu::forward_v2<Scalar>(params, shape);
+  });
+}
+
+void backward(c10::ScalarType dtype, const BackwardParams& params, Tile tile) {
+  const auto shape = tile_or(tile, cpu::default_backward_tile());
+  dispatch_dtype(CpuElements{}, dtype, [&](auto element) {
+    cpu::backward<typename decltype(element)::type>(params, shape);
+  });
+}
+
+KernelPlan plan_forward() {
+  const auto tile = cpu::default_forward_tile();
+  KernelPlan plan;
+  plan.block_m = tile.block_m;
+  plan.block_n = tile.block_n;
+  return plan;
+}
+
+const char* capability() { return cpu::cpu_capability(); }
+
+}  // namespace flash_ext::cpu_backend

@@ -1,0 +1,31 @@
+// Stands in for cuda_backend.cpp in a CPU-only build.
+#include <c10/util/Exception.h>
+
+#include "backend.h"
+
+namespace flash_ext::cuda_backend {
+namespace {
+
+[[noreturn]] void raise_cpu_only(c10::Device device) {
+  TORCH_CHECK(false, "flash_ext: q must be on the CPU in this CPU-only build, got ", device,
+              ". Rebuild where nvcc and a CUDA build of torch are installed: "
+              "pip install --no-build-isolation --force-reinstall --no-deps .");
+}
+
+}  // namespace
+
+void forward(Algorithm, c10::ScalarType, ForwardParams, c10::Device device) {
+  raise_cpu_only(device);
+}
+
+void backward(c10::ScalarType, BackwardParams, c10::Device device) { raise_cpu_only(device); }
+
+KernelPlan plan_forward(Algorithm, c10::ScalarType, const ForwardParams&) {
+  raise_cpu_only(c10::Device(c10::kCUDA));
+}
+
+int64_t forward_workspace_bytes(Algorithm, const AttentionShape&) {
+  raise_cpu_only(c10::Device(c10::kCUDA));
+}
+
+}  // namespace flash_ext::cuda_backend

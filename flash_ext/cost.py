@@ -1,0 +1,53 @@
+"""Counts that follow from the shape alone: visible scores, FLOPs, bytes through device memory.
+
+`causal` is the operators' spelling of the mask: "none", "bottom_right" or "top_left".
+"""
+
+
+def _diagonal(seqlen_q, seqlen_k, causal):
+    """Row i sees the keys j <= i + diagonal."""
+    return {"none": seqlen_k, "bottom_right": seqlen_k - seqlen_q, "top_left": 0}[causal]
+
+
+def _keys_of_row(row, seqlen_k, diagonal):
+    return min(max(row + 1 + diagonal, 0), seqlen_k)
+
+
+def visible_scores(seqlen_q, seqlen_k, causal="none"):
+    """How many elements of one seqlen_q x seqlen_k score matrix the mask leaves."""
+    diagonal = _diagonal(seqlen_q, seqlen_k, causal)
+    first_row = min(max(-diagonal, 0), seqlen_q)  # rows before it see nothing
+    full_row = min(max(seqlen_k - 1 - diagonal, first_row), seqlen_q)  # rows from it on see every key
+    first, last = first_row + 1 + diagonal, full_row + diagonal
+    return (full_row - first_row) * (first + last) // 2 + (seqlen_q - full_row) * seqlen_k
+
+
+def forward_flops(batch, heads, seqlen_q, seqlen_k, head_dim, causal="none"):
+    """Floating-point operations of the two matrix products, over visible scores only."""
+    return 4 * batch * heads * visible_scores(seqlen_q, seqlen_k, causal) * head_dim
+
+
+def forward_v2_bytes(batch, heads, seqlen_q, seqlen_k, head_dim, itemsize, block_m, causal="none"):
+    """Bytes a forward of v2 asks of device memory, had the GPU no L2 cache.
+
+    Each tile of block_m query rows reads Q once and the visible part of K and V, and writes O and the
+    logsumexp once.
+    """
+    diagonal = _diagonal(seqlen_q, seqlen_k, causal)
+    last_rows = (min(row + block_m, seqlen_q) - 1 for row in range(0, seqlen_q, block_m))
+    keys_read = sum(_keys_of_row(row, seqlen_k, diagonal) for row in last_rows)
+    return batch * heads * (2 * (seqlen_q + keys_read) * head_dim * itemsize + 4 * seqlen_q)
+
+
+def forward_v1_bytes(batch, heads, seqlen_q, seqlen_k, head_dim, itemsize, block_n, causal="none"):
+    """Bytes a forward of v1 asks of device memory, had the GPU no L2 cache.
+
+    K and V are read once. For each block of block_n keys, every query row that sees it reads Q, and
+    reads and writes O, l and m (fp32). The result is written once, with the logsumexp.
+    """
+    diagonal = _diagonal(seqlen_q, seqlen_k, causal)
+    first_rows = (min(max(key - diagonal, 0), seqlen_q) for key in range(0, seqlen_k, block_n))
+    steps = sum(seqlen_q - row for row in first_rows)
+    bytes_per_step = head_dim * itemsize + 2 * 4 * (head_dim + 2)
+    once = (2 * seqlen_k + seqlen_q) * head_dim * itemsize + 4 * seqlen_q
+    return batch * heads * (once + steps * bytes_per_step)

@@ -1,0 +1,104 @@
+"""Which kernel a call would run, and what it would cost."""
+
+from dataclasses import dataclass
+
+import torch
+
+from flash_ext import cost
+from flash_ext.extension import _C
+from flash_ext.interface import causal_mode
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The kernel that a forward call runs. Sizes in bytes; zero where a device has no such thing."""
+
+    device: str
+    algorithm: str
+    reasons: tuple[str, ...]
+    block_m: int  # query rows of a tile
+    block_n: int  # keys of a tile
+    num_warps: int
+    shared_memory_bytes: int
+    num_thread_blocks: int
+    flops: int  # of both matrix products, over visible scores
+    hbm_bytes: int  # a model: what the algorithm asks of device memory, had it no cache in front
+    workspace_bytes: int
+
+    def __str__(self):
+        lines = [
+            f"{self.algorithm} forward kernel on {self.device}",
+            *(f"  why            {reason}" for reason in self.reasons),
+            f"  tile           {self.block_m} query rows x {self.block_n} keys",
+        ]
+        if self.num_warps:
+            lines += [
+                f"  warps          {self.num_warps} in each of {self.num_thread_blocks:,} thread blocks",
+                f"  shared memory  {self.shared_memory_bytes:,} bytes per thread block",
+            ]
+        lines += [
+            f"  FLOPs          {self.flops:,}",
+            f"  memory traffic {self.hbm_bytes:,} bytes (model without a cache)",
+            f"  workspace      {self.workspace_bytes:,} bytes",
+        ]
+        return "\n".join(lines)
+
+
+def explain(q, k, v, *, causal=False, scale=None, algorithm="auto"):
+    """Return an `Explanation` of ``flash_attention(q, k, v, ...)``, without running its kernel.
+
+    Takes the arguments of `flash_attention`, checks them by the same rules, and raises as it does.
+    """
+    mode = causal_mode(causal)
+    if q.dim() == 3:
+        q, k, v = q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)
+    # The Meta kernel applies every rule that does not depend on the device.
+    on_meta = (torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") for x in (q, k, v))
+    torch.ops.flash_ext.forward(*on_meta, scale, mode, algorithm)
+
+    batch, heads, seqlen_q, head_dim = q.shape
+    heads_kv, seqlen_k = k.shape[1], k.shape[2]
+    shape = (batch, heads, seqlen_q, seqlen_k, head_dim)
+    plan = _C.plan_forward(
+        is_cuda=q.is_cuda,
+        algorithm=algorithm,
+        dtype=str(q.dtype).removeprefix("torch."),
+        batch=batch,
+        heads_q=heads,
+        heads_kv=heads_kv,
+        seqlen_q=seqlen_q,
+        seqlen_k=seqlen_k,
+        head_dim=head_dim,
+        causal=mode,
+    )
+    if plan["algorithm"] == "v1":
+        hbm_bytes = cost.forward_v1_bytes(*shape, q.element_size(), plan["block_n"], mode)
+    else:
+        hbm_bytes = cost.forward_v2_bytes(*shape, q.element_size(), plan["block_m"], mode)
+    return Explanation(
+        device=str(q.device),
+        reasons=tuple(_reasons(q, k, v, algorithm)),
+        flops=cost.forward_flops(*shape, mode),
+        hbm_bytes=hbm_bytes,
+        **plan,
+    )
+
+
+def _reasons(q, k, v, algorithm):
+    if algorithm == "auto":
+        yield "algorithm='auto' takes v2, the fastest of this build"
+    elif algorithm == "v1":
+        yield "algorithm='v1' was asked for; v2 is faster"
+    else:
+        yield "algorithm='v2' was asked for; it is the fastest of this build"
+    if not q.is_cuda:
+        yield "the inputs are on the CPU"
+        return
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not _is_aligned(x):
+            yield f"{name} has rows that are not aligned to 16 bytes: loaded by elements, which is slower"
+
+
+def _is_aligned(x):
+    strides = (stride for stride, size in zip(x.stride()[:-1], x.shape, strict=False) if size > 1)
+    return x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in strides)
