@@ -1,0 +1,37 @@
+// The CPU kernels: the tile algorithms of the CUDA kernels for machines with no GPU, exact and with
+// memory linear in the sequence length. Scalar is float, double, c10::Half or c10::BFloat16; 16-bit
+// inputs are computed in float and rounded once, when a result is stored.
+//
+// Results do not depend on the number of threads: each output tile is computed by one thread, in an
+// order fixed by the shape alone.
+#pragma once
+
+#include "params.h"
+
+namespace flash_ext::cpu {
+
+// Rows of Q and rows of K/V in a tile; any positive numbers.
+struct TileShape {
+  int block_m;
+  int block_n;
+};
+
+inline TileShape default_forward_tile() { return {64, 64}; }
+inline TileShape default_backward_tile() { return {64, 64}; }
+
+// FlashAttention, Algorithm 1: K/V blocks outside, Q tiles inside. Parallel over batch and heads.
+template <typename Scalar>
+void forward_v1(const ForwardParams& params, TileShape tile);
+
+// FlashAttention-2, Algorithm 1: Q tiles outside. Parallel over batch, heads and Q tiles.
+template <typename Scalar>
+void forward_v2(const ForwardParams& params, TileShape tile);
+
+// Gradients of both. Those whose `data` is nullptr are not computed.
+template <typename Scalar>
+void backward(const BackwardParams& params, TileShape tile);
+
+// The instruction set the tile operations run with: "avx512", "avx2" or "default".
+const char* cpu_capability();
+
+}  // namespace flash_ext::cpu

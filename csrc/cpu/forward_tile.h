@@ -1,0 +1,116 @@
+// The step that both forward algorithms repeat, for one Q tile against one K/V block:
+//   S^T = scale * K Q^T, masked;  m' = max(m, rowmax S);  P = exp(S - m')
+// S is kept transposed, one row per key and one lane per query. So K and V are used as they lie in
+// memory, only Q is transposed, and maxima and sums over keys run down the lanes: no vector is ever
+// reduced across, and the sum of P is taken in the order in which P V adds up.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "common/block_range.h"
+#include "common/softmax_math.h"
+#include "cpu/attention.h"
+#include "cpu/tile.h"
+
+namespace flash_ext::cpu {
+
+template <typename Scalar>
+class ForwardTile {
+ public:
+  using T = Accum<Scalar>;
+
+  ForwardTile(const ForwardParams& params, int block_m, int block_n)
+      : params_(params),
+        head_dim_(static_cast<int>(params.shape.head_dim)),
+        scale_log2_(static_cast<T>(params.softmax_scale * kLog2e)),
+        q_t_(head_dim_, block_m),
+        k_(block_n, head_dim_),
+        v_(block_n, head_dim_),
+        p_t_(block_n, block_m),
+        shift_(block_m),
+        rescale_(block_m),
+        block_sum_(block_m) {}
+
+  void load_queries(int64_t batch_idx, int64_t head_idx, int row0, int rows) {
+    row0_ = row0;
+    rows_ = rows;
+    loads_.load_transposed(rows, head_dim_,
+                           row_pointer<Scalar>(params_.q, batch_idx, head_idx, row0),
+                           params_.q.row_stride, q_t_.data(), q_t_.ld);
+  }
+
+  void load_keys_values(int64_t batch_idx, int64_t kv_head_idx, int key0, int keys) {
+    key0_ = key0;
+    keys_ = keys;
+    loads_.load(keys, head_dim_, row_pointer<Scalar>(params_.k, batch_idx, kv_head_idx, key0),
+                params_.k.row_stride, k_.data(), k_.ld);
+    loads_.load(keys, head_dim_, row_pointer<Scalar>(params_.v, batch_idx, kv_head_idx, key0),
+                params_.v.row_stride, v_.data(), v_.ld);
+  }
+
+  // Computes P of the loaded tiles and raises row_max (in units of log2) to the new maxima.
+  void update_probabilities(T* row_max) {
+    const int lanes = static_cast<int>(q_t_.ld);
+    ops_.gemm_nn(keys_, lanes, head_dim_, scale_log2_, k_.data(), k_.ld, q_t_.data(), q_t_.ld, false,
+                 p_t_.data(), p_t_.ld);
+    if (!block_is_full(params_.mask, row0_, key0_, keys_)) {
+      mask_scores(params_.mask, row0_, rows_, key0_, keys_, p_t_.data(), 1, p_t_.ld);
+    }
+    std::copy_n(row_max, lanes, rescale_.data());
+    ops_.update_lane_max(keys_, lanes, p_t_.data(), p_t_.ld, row_max);
+    for (int i = 0; i < lanes; ++i) {
+      shift_[i] = guarded_max(row_max[i]);
+      rescale_[i] -= shift_[i];
+    }
+    ops_.exp2(lanes, rescale_.data());
+    ops_.exp2_and_sum(keys_, lanes, p_t_.data(), p_t_.ld, shift_.data(), block_sum_.data());
+  }
+
+  // exp(m - m') of each query, by which what was summed before this block shrinks.
+  const Lanes<T>& rescale() const { return rescale_; }
+
+  // Sum over this block's keys of each query's row of P.
+  const Lanes<T>& block_sum() const { return block_sum_; }
+
+  void scale_output(const T* factor, T* acc_o, int64_t ld) const {
+    ops_.scale_rows(rows_, static_cast<int>(ld), factor, acc_o, ld);
+  }
+
+  // acc_o += P V.
+  void add_weighted_values(T* acc_o, int64_t ld) const {
+    ops_.gemm_tn(rows_, static_cast<int>(ld), keys_, T{1}, p_t_.data(), p_t_.ld, v_.data(), v_.ld,
+                 true, acc_o, ld);
+  }
+
+ private:
+  const ForwardParams& params_;
+  const TileOps<T>& ops_ = tile_ops<T>();
+  const TileLoads<Scalar>& loads_ = tile_loads<Scalar>();
+  const int head_dim_;
+  const T scale_log2_;
+  int row0_ = 0, rows_ = 0;  // the loaded queries
+  int key0_ = 0, keys_ = 0;  // the loaded keys
+  Tile<T> q_t_, k_, v_, p_t_;
+  Lanes<T> shift_, rescale_, block_sum_;
+};
+
+// O / l. A division and not a product with 1 / l: it makes out exactly 1 where V is 1, l being the sum
+// that P V then is. A row with no visible key has O = l = 0 and keeps its 0.
+template <typename T>
+void divide_row(T* o, int head_dim, T row_sum) {
+  if (row_sum == T{0}) return;
+  for (int c = 0; c < head_dim; ++c) o[c] /= row_sum;
+}
+
+// Rows [row0, row0 + rows) of the log-sum-exp tensor.
+template <typename T>
+void store_lse(const ForwardParams& params, int64_t batch_idx, int64_t head_idx, int row0, int rows,
+               const T* row_max, const T* row_sum) {
+  const AttentionShape& shape = params.shape;
+  T* lse = static_cast<T*>(params.lse) +
+           (batch_idx * shape.heads_q + head_idx) * shape.seqlen_q + row0;
+  for (int i = 0; i < rows; ++i) lse[i] = finalize_lse(row_max[i], row_sum[i]);
+}
+
+}  // namespace flash_ext::cpu
