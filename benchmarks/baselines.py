@@ -149,7 +149,7 @@ def check_backward(name, case, device):
     exact = [x.detach().double().requires_grad_() for x in leaves]
     out, _ = flash_ext.attention_reference(*exact, causal=case.causal)
     expected = torch.autograd.grad(out, exact, dout.double())
-    worst = max(relative_error(g, e) for g, e in zip(got, expected))
+    worst = max(relative_error(g, e) for g, e in zip(got, expected, strict=True))
     return _verdict("gradients", worst, TOLERANCE[case.dtype][1])
 
 

@@ -9,7 +9,6 @@ from benchmarks.baselines import BASELINES
 from benchmarks.cases import attention_flops
 from benchmarks.timing import Contender, Timing, attempt, input_sets, time_contenders
 
-
 # What is timed for a pass: the first, less the others.
 MODES = {"forward": ("forward",), "backward": ("forward_backward", "forward_with_grad")}
 

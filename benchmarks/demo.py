@@ -20,16 +20,18 @@ SMALL_SHAPES = ((1, 256), (2, 512), (4, 1024))  # (batch, seqlen), one head of 6
 
 def demo_cases(device):
     dtypes = ("fp32", "fp16") if device.type == "cuda" else ("fp32",)
-    small = [AttentionCase(b, 1, n, 64, dtype) for dtype in dtypes for b, n in SMALL_SHAPES]
+    cases = [AttentionCase(b, 1, n, 64, dtype) for dtype in dtypes for b, n in SMALL_SHAPES]
     if device.type == "cuda":
-        return small + [
+        return [
+            *cases,
             AttentionCase(4, 16, 1024, 64, "fp16"),
             AttentionCase(2, 16, 2048, 64, "fp32"),
             AttentionCase(2, 16, 2048, 128, "bf16", causal=True),
             AttentionCase(1, 32, 4096, 128, "bf16", causal=True, heads_kv=8),
             AttentionCase(1, 16, 8192, 128, "bf16", causal=True),
         ]
-    return small + [
+    return [
+        *cases,
         AttentionCase(1, 1, 256, 64, "fp16"),
         AttentionCase(1, 8, 1024, 64, "fp32"),
         AttentionCase(1, 8, 1024, 64, "fp32", causal=True),

@@ -59,7 +59,7 @@ def _finish(figure, axes, title, subtitle, path):
     """Head the figure with title, subtitle and one legend for all its axes, and write it."""
     handles = {}
     for axis in axes:
-        for handle, label in zip(*axis.get_legend_handles_labels()):
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
     labels = [label for label in LABELS.values() if label in handles]
     labels += [label for label in handles if label not in labels]
@@ -86,7 +86,7 @@ def plot_speedups(cases, path, title, subtitle):
         figure, axes = plt.subplots(
             1, 2, sharey=True, figsize=(10, 1.2 + 0.34 * len(cases)), layout="constrained"
         )
-        for axis, pass_name in zip(axes, ("forward", "backward")):
+        for axis, pass_name in zip(axes, ("forward", "backward"), strict=True):
             for y, (_, rows) in enumerate(cases):
                 for (row_pass, name), value in speedups(rows).items():
                     if row_pass == pass_name:
@@ -104,7 +104,8 @@ def plot_speedups(cases, path, title, subtitle):
 def plot_grid(rows, path, title, subtitle):
     """TFLOP/s by sequence length: a row of panels per (pass, causal), a column per head_dim."""
     head_dims = sorted({row["head_dim"] for row in rows})
-    kinds = sorted({(row["pass"], row["causal"]) for row in rows}, key=lambda kind: (kind[0] != "forward", kind[1]))
+    kinds = {(row["pass"], row["causal"]) for row in rows}
+    kinds = sorted(kinds, key=lambda kind: (kind[0] != "forward", kind[1]))
     with plt.rc_context(RC):
         figure, grid = plt.subplots(
             len(kinds),
@@ -114,8 +115,8 @@ def plot_grid(rows, path, title, subtitle):
             layout="constrained",
             sharex=True,
         )
-        for line, (pass_name, causal) in zip(grid, kinds):
-            for axis, head_dim in zip(line, head_dims):
+        for line, (pass_name, causal) in zip(grid, kinds, strict=True):
+            for axis, head_dim in zip(line, head_dims, strict=True):
                 chosen = [
                     row
                     for row in rows
@@ -130,12 +131,48 @@ def plot_grid(rows, path, title, subtitle):
         return _finish(figure, grid.flat, title, subtitle, path)
 
 
-def _plot_lines(axis, rows, x, y):
+def _plot_lines(axis, rows, x, y, **changes):
     for name in STYLE:
         points = sorted((row[x], row[y]) for row in rows if row["impl"] == name and row[y] is not None)
         if points:
-            axis.plot(*zip(*points), **_style(name))
+            axis.plot(*zip(*points, strict=True), **_style(name, **changes))
     axis.set_xscale("log", base=2)
-    axis.set_xticks(sorted({row[x] for row in rows}))
+    axis.set_xticks(sorted({row[x] for row in rows}) or [1])
     axis.xaxis.set_major_formatter(FuncFormatter(lambda n, _: f"{n / 1024:g}k" if n >= 1024 else f"{n:g}"))
     axis.xaxis.set_minor_locator(NullLocator())
+
+
+def plot_memory(rows, path, title, subtitle):
+    """Extra memory by sequence length, both axes logarithmic."""
+    with plt.rc_context(RC):
+        figure, axes = plt.subplots(1, 2, sharey=True, figsize=(8.5, 3.2), layout="constrained")
+        headings = {"forward": "forward", "backward": "forward + backward"}
+        for axis, (pass_name, heading) in zip(axes, headings.items(), strict=True):
+            chosen = [row | {"mib": (row["extra_bytes"] or 0) / 2**20 or None} for row in rows]
+            _plot_lines(axis, [row for row in chosen if row["pass"] == pass_name], "seqlen", "mib")
+            axis.set_yscale("log")
+            axis.yaxis.set_major_formatter(FuncFormatter(_memory_label))
+            axis.set_title(heading)
+            axis.set_xlabel("sequence length")
+        axes[0].set_ylabel("extra memory")
+        return _finish(figure, axes, title, subtitle, path)
+
+
+def _memory_label(mib, _):
+    return f"{mib / 1024:g} GiB" if mib >= 1024 else f"{mib:g} MiB" if mib >= 1 else f"{mib * 1024:g} KiB"
+
+
+def plot_traffic(rows, path, title, subtitle):
+    """Device-memory bytes per call by sequence length: measured (marks) beside the IO model (dashes)."""
+    with plt.rc_context(RC):
+        figure, axes = plt.subplots(1, 2, sharey=True, figsize=(8.5, 3.4), layout="constrained")
+        for axis, direction in zip(axes, ("read", "write"), strict=True):
+            _plot_lines(
+                axis, rows, "seqlen", f"model_{direction}_bytes", linestyle="--", marker="", linewidth=1
+            )
+            _plot_lines(axis, rows, "seqlen", f"{direction}_bytes")
+            axis.set_yscale("log")
+            axis.yaxis.set_major_formatter(FuncFormatter(lambda count, _: f"{count / 1e9:g} GB"))
+            axis.set_title(f"bytes {'read' if direction == 'read' else 'written'}")
+            axis.set_xlabel("sequence length")
+        return _finish(figure, axes, title, subtitle, path)

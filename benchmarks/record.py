@@ -69,8 +69,12 @@ def load_results(name, folder):
 
 def split_rows(rows):
     """(rows with a time, rows without one): a failure is kept, and never mistaken for a number."""
-    timed = [{key: value for key, value in row.items() if key != "error"} for row in rows if row["ms"] is not None]
-    failed = [{key: value for key, value in row.items() if value is not None} for row in rows if row["ms"] is None]
+    timed, failed = [], []
+    for row in rows:
+        if row["ms"] is None:
+            failed.append({key: value for key, value in row.items() if value is not None})
+        else:
+            timed.append({key: value for key, value in row.items() if key != "error"})
     return timed, failed
 
 

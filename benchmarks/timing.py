@@ -6,6 +6,7 @@ card is power-limited: what ran a few tens of milliseconds ago sets the clock of
 same reason each slot begins with an untimed lead-in. CPU: the same rounds and slots by perf_counter.
 """
 
+import functools
 import random
 import statistics
 import time
@@ -98,9 +99,9 @@ def time_contenders(contenders, device, plan):
     """Map each key of `contenders` to a Timing, or to the text of what went wrong."""
     results, estimates = {}, {}
     for key, contender in contenders.items():
-        per_run, error = attempt(lambda contender=contender: _estimate(contender, device), device)
+        per_run, error = attempt(functools.partial(_estimate, contender, device), device)
         if error is None and per_run / contender.calls > plan.limit_ms:
-            error = f"one call takes {per_run / contender.calls:.0f} ms, over the limit of {plan.limit_ms:.0f} ms"
+            error = f"a call takes over {plan.limit_ms:.0f} ms: not timed"
         if error is None:
             estimates[key] = per_run
         else:
@@ -110,7 +111,9 @@ def time_contenders(contenders, device, plan):
     if device.type == "cuda":
         runs = _capture_all(contenders, estimates, results, device)
 
-    slots = {key: _Slot(run, contenders[key].calls, estimates[key], plan, device) for key, run in runs.items()}
+    slots = {
+        key: _Slot(run, contenders[key].calls, estimates[key], plan, device) for key, run in runs.items()
+    }
     results.update(_run_rounds(slots, device, plan))
     return {key: results[key] for key in contenders}
 
@@ -134,7 +137,7 @@ def _capture_all(contenders, estimates, results, device):
         if per_run / contender.calls > GRAPH_LIMIT_MS:
             runs[key] = contender.run
             continue
-        graph, error = attempt(lambda run=contender.run: _capture(run, pool), device)
+        graph, error = attempt(functools.partial(_capture, contender.run, pool), device)
         if error is None:
             runs[key] = graph.replay
         else:

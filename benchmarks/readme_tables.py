@@ -1,0 +1,233 @@
+"""Writes the recorded results into README.md, between comment markers such as
+
+    <!-- begin:attention -->
+    <!-- end:attention -->
+
+so that no figure there is typed by hand. A marker may name another device's folder, as in
+begin:demo:cpu. With --check nothing is written, and a README that differs is an error.
+"""
+
+import argparse
+import re
+import sys
+
+from benchmarks import record
+from benchmarks.cases import PASSES
+from benchmarks.tables import LABELS, format_bytes, format_ms, format_tflops, speedups
+
+DEFAULT_DEVICE = "nvidia-h200"
+# Groups: the first marker, section, device, what is between, the last marker.
+MARKER = re.compile(
+    r"(<!-- begin:([a-z_]+)(?::([a-z0-9-]+))? -->\n)(.*?)(<!-- end:\2(?::[a-z0-9-]+)? -->)", re.DOTALL
+)
+
+
+def markdown_table(header, rows):
+    aligned = ["---"] + ["---:"] * (len(header) - 1)
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in (header, aligned, *rows))
+
+
+def source_line(results, command, extra=""):
+    """What a table was measured on, and the command that makes it again."""
+    where = results["gpu"] or results["cpu"]
+    driver = f", driver {results['driver']}" if results["driver"] else ""
+    commit = results["commit"][:10] + (" and uncommitted changes" if results["dirty"] else "")
+    return (
+        f"{where}{driver}, torch {results['torch']}, commit {commit}, {results['date'][:10]};"
+        f" `{command}`.{extra}"
+    )
+
+
+def attention_section(results):
+    """TFLOP/s at each sequence length, one table per pass and mask."""
+    sections = []
+    rows = results["rows"]
+    names = [name for name in LABELS if any(row["impl"] == name for row in rows)]
+    for pass_name in PASSES:
+        for causal in (False, True):
+            chosen = [row for row in rows if row["pass"] == pass_name and row["causal"] == causal]
+            shapes = sorted({(row["head_dim"], row["seqlen"]) for row in chosen})
+            if not shapes:
+                continue
+            at = {(row["head_dim"], row["seqlen"], row["impl"]): row for row in chosen}
+            lines = [
+                [head_dim, seqlen, *(_tflops_cell(at.get((head_dim, seqlen, name))) for name in names)]
+                for head_dim, seqlen in shapes
+            ]
+            title = f"**{pass_name}{', causal' if causal else ''}** (TFLOP/s)"
+            header = ["head_dim", "seqlen", *(LABELS[name] for name in names)]
+            sections.append(f"{title}\n\n{markdown_table(header, lines)}")
+    sections.append(ratio_section(results))
+    sections.append(source_line(results, "make bench"))
+    return "\n\n".join(sections)
+
+
+def _tflops_cell(row):
+    if row is None:
+        return "-"
+    wrong = "" if row.get("check", "passed") == "passed" else " (wrong result)"
+    return format_tflops(row["tflops"]) + wrong
+
+
+def ratio_section(results):
+    lines = []
+    for other in LABELS:
+        means = [results["ratios"].get(p, {}).get(f"flash_ext_v2/{other}") for p in PASSES]
+        if any(means):
+            lines.append([LABELS[other], *map(_ratio_cell, means)])
+    return "**v2 over the others** (geometric mean, in brackets the worst shape)\n\n" + markdown_table(
+        ["", *PASSES], lines
+    )
+
+
+def _ratio_cell(mean):
+    return "-" if mean is None else f"{mean['ratio']:.2f} ({mean['worst']:.2f})"
+
+
+def ratios_section(results):
+    """The ratios alone, for a README that shows the plot instead of the tables."""
+    return f"{ratio_section(results)}\n\n{source_line(results, 'make bench')}"
+
+
+def demo_section(results):
+    """Time, and speed-up over naive, of each implementation on each of the demo's shapes."""
+    shapes = {}
+    for row in results["rows"]:
+        heads = f"{row['heads']}/{row['heads_kv']}" if "heads_kv" in row else row["heads"]
+        mask = " causal" if row["causal"] else ""
+        label = f"{row['batch']}x{heads}x{row['seqlen']}x{row['head_dim']} {row['dtype']}{mask}"
+        shapes.setdefault(label, []).append(row)
+    names = [name for name in LABELS if any(row["impl"] == name for row in results["rows"])]
+    sections = []
+    for pass_name in PASSES:
+        lines = []
+        for label, rows in shapes.items():
+            ratio = speedups(rows)
+            times = {row["impl"]: row["ms"] for row in rows if row["pass"] == pass_name}
+            cells = [_time_cell(times.get(name), ratio.get((pass_name, name))) for name in names]
+            lines.append([label, *cells])
+        header = ["batch x heads x seqlen x head_dim", *(LABELS[name] for name in names)]
+        sections.append(f"**{pass_name}** (speed-up over naive)\n\n{markdown_table(header, lines)}")
+    return "\n\n".join([*sections, source_line(results, "make demo")])
+
+
+def _time_cell(ms, speedup):
+    if ms is None:
+        return "-"
+    return format_ms(ms) + (f" ({speedup:.2f}x)" if speedup is not None else "")
+
+
+def memory_section(results):
+    lines = [
+        [
+            f"{row['batch']} x {row['seqlen']} {row['dtype']}",
+            row["pass"],
+            LABELS[row["impl"]],
+            f"{row['saved']:.1%}",
+        ]
+        for row in results["savings"]
+    ]
+    short = markdown_table(["batch x seqlen", "pass", "", "saved"], lines)
+    names = list(dict.fromkeys(row["impl"] for row in results["long"]))
+    columns = [(pass_name, name) for pass_name in PASSES for name in names]
+    at = {(row["seqlen"], row["pass"], row["impl"]): row["extra_bytes"] for row in results["long"]}
+    lines = [
+        [f"{seqlen // 1024}k", *(_bytes_cell(at.get((seqlen, *column))) for column in columns)]
+        for seqlen in sorted({row["seqlen"] for row in results["long"]})
+    ]
+    header = ["seqlen", *(f"{LABELS[name]}, {pass_name}" for pass_name, name in columns)]
+    note = " Backward is a forward and a backward together."
+    return "\n\n".join(
+        [short, markdown_table(header, lines), source_line(results, "python -m benchmarks.memory", note)]
+    )
+
+
+def _bytes_cell(count):
+    return "-" if count is None else format_bytes(count)
+
+
+def host_time_section(results):
+    shapes = {}
+    for row in results["rows"]:
+        label = f"{row['batch']}x{row['heads']}x{row['seqlen']}x{row['head_dim']} {row['dtype']}"
+        key = (label + (" causal" if row["causal"] else ""), "yes" if row["grad"] else "no")
+        shapes.setdefault(key, {})[row["impl"]] = row["us"]
+    names = list(dict.fromkeys(row["impl"] for row in results["rows"]))
+    lines = [[*key, *(f"{times[name]:.1f} us" for name in names)] for key, times in shapes.items()]
+    header = ["batch x heads x seqlen x head_dim", "gradients", *(LABELS[name] for name in names)]
+    return f"{markdown_table(header, lines)}\n\n{source_line(results, 'python -m benchmarks.host_time')}"
+
+
+def hbm_traffic_section(results):
+    columns = ("read_bytes", "model_read_bytes", "write_bytes", "model_write_bytes")
+    lines = [
+        [row["seqlen"], LABELS[row["impl"]], *(_bytes_cell(row[column]) for column in columns)]
+        for row in sorted(results["rows"], key=lambda row: row["seqlen"])
+    ]
+    table = markdown_table(["seqlen", "", "read", "model", "written", "model"], lines)
+    reasons = "".join(f" {LABELS[name]}: {reason}." for name, reason in results["not_run"].items())
+    return f"{table}\n\n{source_line(results, 'python -m benchmarks.hbm_traffic', reasons)}"
+
+
+def claims_section(results):
+    verdicts = {True: "met", False: "**missed**", None: "not run"}
+    lines = [
+        [row["row"], row["target"], row["measured"] or "-", verdicts[row["met"]], f"`{row['command']}`"]
+        for row in results["rows"]
+    ]
+    return markdown_table(["what", "at least", "measured", "", "command"], lines)
+
+
+def gpu_check_section(results):
+    lines = []
+    for name in ("tests", "memory", "repeatability"):
+        result = results.get(name, {"status": "not run"})
+        counts = ("tests", "failures", "errors", "skipped", "calls", "repeats")
+        details = ", ".join(f"{result[key]} {key}" for key in counts if key in result)
+        lines.append([name, result["status"], details or result.get("reason", "")])
+    return f"{markdown_table(['', 'status', ''], lines)}\n\n{source_line(results, 'make gpu-check')}"
+
+
+SECTIONS = {
+    "attention": ("attention", attention_section),
+    "ratios": ("attention", ratios_section),
+    "demo": ("demo", demo_section),
+    "memory": ("memory", memory_section),
+    "host_time": ("host_time", host_time_section),
+    "hbm_traffic": ("hbm_traffic", hbm_traffic_section),
+    "claims": ("claims", claims_section),
+    "gpu_check": ("gpu_check", gpu_check_section),
+}
+
+
+def fill(text):
+    """`text` with every marked section regenerated; one without a recorded result stays as it is."""
+
+    def replace(match):
+        begin, name, device, _, end = match.groups()
+        if name not in SECTIONS:
+            raise SystemExit(f"README.md: no section is called {name!r}; known: {', '.join(SECTIONS)}")
+        file_name, section = SECTIONS[name]
+        results = record.load_results(file_name, record.RESULTS / (device or DEFAULT_DEVICE))
+        return match.group(0) if results is None else f"{begin}{section(results)}\n{end}"
+
+    return MARKER.sub(replace, text)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="fail if README.md is not up to date")
+    options = parser.parse_args()
+    readme = record.ROOT / "README.md"
+    old = readme.read_text()
+    new = fill(old)
+    if options.check:
+        if new != old:
+            print("README.md differs from the recorded results: run python -m benchmarks.readme_tables")
+        return int(new != old)
+    readme.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
