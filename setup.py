@@ -42,11 +42,8 @@ def build_command():
                 raise SystemExit(f"\nerror: flash_ext: {error}\n") from None
             os.environ.setdefault("MAX_JOBS", str(toolchain.default_jobs()))
             super().run()
-            # In an in-place build this is the folder of the sources, else the one that is packaged.
-            for ext_path in {self.get_ext_fullpath(self.extensions[0].name), *self.get_outputs()}:
-                record = Path(ext_path).with_suffix(".build.json")
-                if record.parent.is_dir():
-                    instances.write_if_changed(record, self.record)
+            record = Path(self.get_ext_fullpath("flash_ext._C")).with_suffix(".build.json")
+            record.write_text(json.dumps(self.facts, indent=2) + "\n")
 
         def configure(self, extension):
             toolkit = toolchain.choose_toolkit(
@@ -94,11 +91,7 @@ def build_command():
                 compile_args["nvcc"] = [*toolchain.NVCC_FLAGS, *toolchain.gencode_flags(codes)]
             extension.sources = [str(source) for source in sources]
             extension.extra_compile_args = compile_args
-            # Rebuild when a header or any of the facts above changes.
-            self.record = json.dumps(facts, indent=2) + "\n"
-            stamp = Path(self.build_temp) / "facts.json"
-            instances.write_if_changed(stamp, self.record)
-            extension.depends = [str(stamp), *(str(h) for h in CSRC.rglob("*.*h"))]
+            self.facts = facts
 
     return BuildFlashExt
 

@@ -94,7 +94,7 @@ def find_toolkits(environ):
     if named:
         toolkit = _toolkit_at(Path(named))
         if toolkit is None:
-            raise BuildError(f"CUDA_HOME is {named}, where there is no bin/nvcc that runs. Correct or unset it.")
+            raise BuildError(f"CUDA_HOME is {named}, where no bin/nvcc runs. Correct or unset it.")
         return [toolkit]
     homes = [_home_of_nvcc_on_path(), Path("/usr/local/cuda").resolve(), *_homes_of_nvcc_wheels()]
     found = (_toolkit_at(home) for home in dict.fromkeys(homes) if home)
@@ -167,7 +167,7 @@ def architectures(gpus, environ):
     for arch in named:
         if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", arch) or int(arch.split(".")[0]) < OLDEST_GPU[0]:
             raise BuildError(
-                f"TORCH_CUDA_ARCH_LIST must hold entries like 8.0, 9.0a or 8.0+PTX, 8.0 at least, got {arch!r}"
+                f"TORCH_CUDA_ARCH_LIST must hold 8.0 or later, like 8.0, 9.0a or 8.0+PTX, got {arch!r}"
             )
     present = [f"{major}.{minor}" for major, minor in gpus.capabilities if (major, minor) >= OLDEST_GPU]
     codes = []

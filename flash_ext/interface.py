@@ -2,6 +2,8 @@
 
 import torch
 
+import flash_ext.extension  # noqa: F401  (registers the operators)
+
 _forward = torch.ops.flash_ext.forward.default
 
 # The operator's names for the public values of `causal`.

@@ -3,6 +3,8 @@
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+import flash_ext.extension  # noqa: F401  (registers the operators)
+
 _forward = torch.ops.flash_ext.forward
 _backward = torch.ops.flash_ext.backward
 
@@ -41,10 +43,8 @@ def _forward_vmap(info, in_dims, q, k, v, *options):
 
 @torch.library.register_vmap("flash_ext::backward")
 def _backward_vmap(info, in_dims, dout, q, k, v, out, lse, dlse=None, *options):
-    tensors = (dout, q, k, v, out, lse, dlse)
-    folded = [
-        None if x is None else _fold(x, dim, info.batch_size) for x, dim in zip(tensors, in_dims, strict=False)
-    ]
+    inputs = zip((dout, q, k, v, out, lse, dlse), in_dims, strict=False)
+    folded = (None if x is None else _fold(x, dim, info.batch_size) for x, dim in inputs)
     gradients = _backward(*folded, *options)
     # A gradient that was not asked for is empty and has no batch.
     is_empty = [x.dim() == 1 for x in gradients]

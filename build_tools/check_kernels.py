@@ -1,0 +1,113 @@
+"""Compiles every kernel instance with nvcc alone and fails on what ptxas should not say.
+
+    python -m build_tools.check_kernels         (make kernels; no GPU and no CUDA build of torch needed)
+
+It fails on register spills that are not listed below, and on warnings that ptxas serialised or ignored
+asynchronous instructions (C7508, C7510 to C7519). Prints registers, spills and compile time of each.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from build_tools import instances, toolchain
+
+ROOT = Path(__file__).resolve().parents[1]
+OUTPUT = ROOT / "build" / "kernels"
+
+# Spills we ship, by (instance, architecture): the most bytes ptxas may spill, and beside it what the
+# spill was measured to cost.
+ACCEPTED_SPILLS: dict[tuple[str, str], int] = {}
+
+# As torch compiles extensions, so that what compiles here compiles there.
+TORCH_FLAGS = (
+    "-D__CUDA_NO_HALF_OPERATORS__",
+    "-D__CUDA_NO_HALF_CONVERSIONS__",
+    "-D__CUDA_NO_BFLOAT16_CONVERSIONS__",
+    "-D__CUDA_NO_HALF2_OPERATORS__",
+    "-Xcompiler=-fPIC",
+)
+
+_ENTRY = re.compile(
+    r"Compiling entry function '(?P<symbol>\w+)' for '(?P<arch>\w+)'.*?"
+    r"(?P<spilled>\d+) bytes spill stores.*?Used (?P<registers>\d+) registers",
+    re.S,
+)
+_FORBIDDEN = re.compile(r"^.*\(C75(?:08|1\d)\).*$", re.M)
+
+
+@dataclass(frozen=True)
+class Report:
+    instance: str
+    seconds: float
+    problems: tuple[str, ...]
+    lines: tuple[str, ...]
+
+
+def _demangle(text):
+    """C++ names for linker symbols, where binutils is there to translate them."""
+    if shutil.which("c++filt") is None:
+        return text
+    return subprocess.run(["c++filt", "-p"], input=text, capture_output=True, text=True, check=True).stdout
+
+
+def read_log(instance, log):
+    """What a log of nvcc -Xptxas=-v says of `instance`: (lines to print, problems)."""
+    lines, problems = [], _FORBIDDEN.findall(log)
+    for entry in _ENTRY.finditer(log):
+        arch, spilled = entry["arch"], int(entry["spilled"])
+        accepted = ACCEPTED_SPILLS.get((instance, arch), 0)
+        lines.append(f"{arch:8} {entry['registers']:>3} registers {spilled:5} B spilled  {entry['symbol']}")
+        if spilled > accepted:
+            problems.append(f"{entry['symbol']} spills {spilled} B on {arch}; accepted: {accepted}")
+    return lines, problems
+
+
+def compile_instance(toolkit, codes, source):
+    """Compile one instance and read the log."""
+    log_path = OUTPUT / f"{source.stem}.log"
+    command = [
+        str(toolkit.nvcc), "-c", str(source), "-o", str(log_path.with_suffix(".o")), f"-I{ROOT / 'csrc'}",
+        *toolchain.NVCC_FLAGS, *TORCH_FLAGS, *toolchain.gencode_flags(codes),
+    ]  # fmt: skip
+    start = time.monotonic()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    log = done.stdout + done.stderr
+    log_path.write_text(log)
+    lines, problems = read_log(source.stem, log)
+    if done.returncode != 0:
+        problems = [f"nvcc failed:\n{log}"]
+    elif not lines:
+        problems = [f"nothing found in ptxas's log {log_path}"]
+    return Report(source.stem, time.monotonic() - start, tuple(problems), tuple(lines))
+
+
+def main():
+    toolkits = toolchain.find_toolkits(os.environ)
+    if not toolkits:
+        raise SystemExit("no nvcc found (CUDA_HOME, PATH, /usr/local/cuda, pip's wheels); see `make help`")
+    selection = instances.Selection.from_environment(os.environ)
+    codes = toolchain.architectures(toolchain.Gpus(present=False), os.environ)
+    sources = instances.write_sources(selection, ROOT / "build" / "instances")
+    OUTPUT.mkdir(parents=True, exist_ok=True)
+    jobs = int(os.environ.get("MAX_JOBS") or toolchain.default_jobs())
+    print(f"nvcc {toolkits[0].version}, {' '.join(codes)}, {len(sources)} instances, {jobs} jobs", flush=True)
+    failed = 0
+    with ThreadPoolExecutor(jobs) as pool:
+        for report in pool.map(lambda source: compile_instance(toolkits[0], codes, source), sources):
+            failed += bool(report.problems)
+            print(f"{'FAILED' if report.problems else 'ok':6} {report.instance}  {report.seconds:.0f} s")
+            details = "".join(f"       {line}\n" for line in (*report.lines, *report.problems))
+            print(_demangle(details), end="", flush=True)
+    print(f"{len(sources) - failed} of {len(sources)} instances are clean")
+    sys.exit(failed > 0)
+
+
+if __name__ == "__main__":
+    main()
