@@ -13,7 +13,8 @@ import os
 import sys
 from pathlib import Path
 
-from setuptools import Command, Extension, setup
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
@@ -105,16 +106,8 @@ def announce_cpu_only(torch):
     )
 
 
-class TorchIsMissing(Command):
-    """Stands in for build_ext where there is no torch."""
-
-    user_options = (("inplace", "i", "ignored"),)
-
-    def initialize_options(self):
-        self.inplace = 0
-
-    def finalize_options(self):
-        pass
+class TorchIsMissing(build_ext):
+    """Stands in for the real command where there is no torch."""
 
     def run(self):
         raise SystemExit(

@@ -8,6 +8,7 @@ asynchronous instructions (C7508, C7510 to C7519). Prints registers, spills and 
 
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -105,7 +106,9 @@ def main():
             print(f"{'FAILED' if report.problems else 'ok':6} {report.instance}  {report.seconds:.0f} s")
             details = "".join(f"       {line}\n" for line in (*report.lines, *report.problems))
             print(_demangle(details), end="", flush=True)
-    print(f"{len(sources) - failed} of {len(sources)} instances are clean")
+    # The largest process of all, in KiB: what toolchain.JOB_MEMORY_BYTES must allow for.
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    print(f"{len(sources) - failed} of {len(sources)} instances are clean; peak memory of a job {peak >> 10} MiB")
     sys.exit(failed > 0)
 
 

@@ -92,8 +92,7 @@ std::tuple<Tensor, Tensor> forward_autograd(const Tensor& q, const Tensor& k, co
     const at::AutoDispatchBelowADInplaceOrView guard;
     return forward_operator().call(q, k, v, scale, causal, algorithm, deterministic, tile);
   }
-  auto results =
-      AttentionFunction::apply(q, k, v, scale, causal, algorithm, deterministic, tile);
+  auto results = AttentionFunction::apply(q, k, v, scale, causal, algorithm, deterministic, tile);
   return {results[0], results[1]};
 }
 
@@ -143,8 +142,8 @@ std::tuple<Tensor, Tensor> forward_autocast(const Tensor& q, const Tensor& k, co
   const auto cast = [dtype](const Tensor& tensor) {
     return at::autocast::cached_cast(dtype, tensor, kDevice);
   };
-  return forward_operator().call(cast(q), cast(k), cast(v), scale, causal, algorithm,
-                                 deterministic, tile);
+  return forward_operator().call(cast(q), cast(k), cast(v), scale, causal, algorithm, deterministic,
+                                 tile);
 }
 
 }  // namespace

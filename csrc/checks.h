@@ -91,10 +91,9 @@ inline void check_heads_divide(const Argument& kv, const Argument& q) {
 
 // A row of one element is dense whatever its stride; so is a tensor without elements.
 inline void check_last_dim_dense(const Argument& arg) {
-  TORCH_CHECK(arg.tensor.sym_size(3) == 1 || arg.tensor.sym_numel() == 0 ||
-                  arg.tensor.sym_stride(3) == 1,
-              arg, " must have a dense last dimension (stride 1), got stride ",
-              arg.tensor.sym_stride(3));
+  TORCH_CHECK(
+      arg.tensor.sym_size(3) == 1 || arg.tensor.sym_numel() == 0 || arg.tensor.sym_stride(3) == 1,
+      arg, " must have a dense last dimension (stride 1), got stride ", arg.tensor.sym_stride(3));
 }
 
 inline void check_lse_shape(const Argument& arg, const Argument& q) {
