@@ -25,7 +25,8 @@ namespace cuda_backend {
 void forward(Algorithm algorithm, c10::ScalarType dtype, ForwardParams params, c10::Device device);
 void backward(c10::ScalarType dtype, BackwardParams params, c10::Device device);
 
-KernelPlan plan_forward(Algorithm algorithm, c10::ScalarType dtype, const ForwardParams& params);
+KernelPlan plan_forward(Algorithm algorithm, c10::ScalarType dtype, const ForwardParams& params,
+                        c10::Device device);
 int64_t forward_workspace_bytes(Algorithm algorithm, const AttentionShape& shape);
 }  // namespace cuda_backend
 

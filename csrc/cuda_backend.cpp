@@ -31,7 +31,7 @@ void forward(Algorithm algorithm, c10::ScalarType dtype, ForwardParams params, c
     workspace = allocate_workspace(floats, device);
     params.workspace = workspace.mutable_data_ptr<float>();
   }
-  dispatch_instance(dtype, params.shape.head_dim, [&](auto element, auto head_dim) {
+  dispatch_instance(dtype, params.shape, [&](auto element, auto head_dim) {
     using Element = typename decltype(element)::type;
     algorithm == Algorithm::kV1 ? launch_forward_v1<Element, head_dim()>(params, stream)
                                 : launch_forward_v2<Element, head_dim()>(params, stream);
@@ -43,14 +43,16 @@ void backward(c10::ScalarType dtype, BackwardParams params, c10::Device device) 
   const auto stream = c10::cuda::getCurrentCUDAStream(device.index()).stream();
   const auto workspace = allocate_workspace(backward_workspace_floats(params), device);
   params.workspace = workspace.mutable_data_ptr<float>();
-  dispatch_instance(dtype, params.shape.head_dim, [&](auto element, auto head_dim) {
+  dispatch_instance(dtype, params.shape, [&](auto element, auto head_dim) {
     launch_backward<typename decltype(element)::type, head_dim()>(params, stream);
   });
 }
 
-KernelPlan plan_forward(Algorithm algorithm, c10::ScalarType dtype, const ForwardParams& params) {
+KernelPlan plan_forward(Algorithm algorithm, c10::ScalarType dtype, const ForwardParams& params,
+                        c10::Device device) {
+  const c10::cuda::CUDAGuard device_guard(device);
   KernelPlan plan;
-  dispatch_instance(dtype, params.shape.head_dim, [&](auto element, auto head_dim) {
+  dispatch_instance(dtype, params.shape, [&](auto element, auto head_dim) {
     using Element = typename decltype(element)::type;
     plan = algorithm == Algorithm::kV1 ? plan_forward_v1<Element, head_dim()>(params)
                                        : plan_forward_v2<Element, head_dim()>(params);

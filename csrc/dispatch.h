@@ -11,6 +11,8 @@
 #include <type_traits>
 #include <utility>
 
+#include "params.h"
+
 struct __half;
 struct __nv_bfloat16;
 
@@ -40,14 +42,15 @@ void dispatch_dtype(TypeList<Elements...>, c10::ScalarType dtype, const Function
               c10::ArrayRef<c10::ScalarType>({kScalarTypeOf<Elements>...}), ")");
 }
 
-// Calls f(std::integral_constant<int, kHeadDim>) for the smallest kHeadDim that holds `head_dim`.
+// Calls f(std::integral_constant<int, kHeadDim>) for the kHeadDim that is `padded_head_dim`.
 template <int... kHeadDims, typename Function>
-void dispatch_head_dim(std::integer_sequence<int, kHeadDims...>, int64_t head_dim,
+void dispatch_head_dim(std::integer_sequence<int, kHeadDims...>, int64_t padded_head_dim,
                        const Function& f) {
   const bool found =
-      ((head_dim <= kHeadDims ? (f(std::integral_constant<int, kHeadDims>{}), true) : false) ||
+      ((padded_head_dim == kHeadDims ? (f(std::integral_constant<int, kHeadDims>{}), true)
+                                     : false) ||
        ...);
-  TORCH_CHECK(found, "flash_ext: head_dim ", head_dim, " is not compiled into this build (up to ",
+  TORCH_CHECK(found, "flash_ext: head_dim ", padded_head_dim, " is not compiled into this build (",
               c10::ArrayRef<int>({kHeadDims...}), ")");
 }
 
@@ -57,9 +60,10 @@ using CudaHeadDims = std::integer_sequence<int, FLASH_EXT_HEAD_DIMS>;
 
 // Calls f(TypeTag<Element>, std::integral_constant<int, kHeadDim>) for a CUDA kernel instance.
 template <typename Function>
-void dispatch_instance(c10::ScalarType dtype, int64_t head_dim, const Function& f) {
+void dispatch_instance(c10::ScalarType dtype, const AttentionShape& shape, const Function& f) {
   dispatch_dtype(CudaElements{}, dtype, [&](auto element) {
-    dispatch_head_dim(CudaHeadDims{}, head_dim, [&](auto dim) { f(element, dim); });
+    dispatch_head_dim(CudaHeadDims{}, shape.padded_head_dim(),
+                      [&](auto head_dim) { f(element, head_dim); });
   });
 }
 #endif

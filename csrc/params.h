@@ -27,6 +27,9 @@ struct AttentionShape {
   int64_t head_dim = 0;  // 1..256; kernels round it up to their kHeadDim with zeros
 
   int64_t group_size() const { return heads_q / heads_kv; }
+
+  // The kHeadDim of the CUDA kernels that serve this head_dim.
+  int64_t padded_head_dim() const { return head_dim <= 64 ? 64 : (head_dim <= 128 ? 128 : 256); }
 };
 
 struct ForwardParams {

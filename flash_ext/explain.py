@@ -60,7 +60,7 @@ def explain(q, k, v, *, causal=False, scale=None, algorithm="auto"):
     heads_kv, seqlen_k = k.shape[1], k.shape[2]
     shape = (batch, heads, seqlen_q, seqlen_k, head_dim)
     plan = _C.plan_forward(
-        is_cuda=q.is_cuda,
+        device=str(q.device),
         algorithm=algorithm,
         dtype=str(q.dtype).removeprefix("torch."),
         batch=batch,

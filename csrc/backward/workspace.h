@@ -12,7 +12,8 @@ inline constexpr int64_t kBackwardRowPadding = 128;
 // The sections of BackwardParams::workspace, as offsets in floats.
 //   lse_log2, delta, dq_row_sum: (batch, heads_q, padded seqlen_q)
 //   key_mean:                    (batch, heads_kv, padded head_dim)
-//   dq_accum:                    (batch, heads_q, padded seqlen_q, padded head_dim), and only where dQ
+//   dq_accum:                    (batch, heads_q, padded seqlen_q, padded head_dim), and only where
+//   dQ
 //                                is accumulated by several thread blocks
 struct BackwardWorkspace {
   int64_t padded_seqlen_q = 0;
@@ -33,13 +34,12 @@ struct BackwardWorkspace {
     const AttentionShape& s = params.shape;
     padded_seqlen_q =
         (s.seqlen_q + kBackwardRowPadding - 1) / kBackwardRowPadding * kBackwardRowPadding;
-    const int64_t padded_head_dim = s.head_dim <= 64 ? 64 : (s.head_dim <= 128 ? 128 : 256);
     const int64_t rows = s.batch * s.heads_q * padded_seqlen_q;
     delta = lse_log2 + rows;
     dq_row_sum = delta + rows;
     key_mean = dq_row_sum + rows;
-    dq_accum = key_mean + s.batch * s.heads_kv * padded_head_dim;
-    num_floats = dq_accum + (accumulates_dq(params) ? rows * padded_head_dim : 0);
+    dq_accum = key_mean + s.batch * s.heads_kv * s.padded_head_dim();
+    num_floats = dq_accum + (accumulates_dq(params) ? rows * s.padded_head_dim() : 0);
   }
 };
 
