@@ -1,0 +1,57 @@
+"""What every test gets: the devices of this machine, a printed seed, and skips that name missing hardware."""
+
+import zlib
+
+import pytest
+import torch
+
+DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+MISSING = "needs "  # every skip for lack of hardware starts with this
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpus(count): runs on a machine with at least so many NVIDIA GPUs")
+    config.addinivalue_line("markers", "gpu_memory(gib): needs so much free memory on the GPU")
+
+
+def pytest_generate_tests(metafunc):
+    if "device" in metafunc.fixturenames:
+        metafunc.parametrize("device", DEVICES)
+
+
+def pytest_runtest_setup(item):
+    if marker := item.get_closest_marker("gpus"):
+        (count,) = marker.args
+        if torch.cuda.device_count() < count:
+            pytest.skip(f"{MISSING}{count} NVIDIA GPU{'s' if count > 1 else ''}")
+    if marker := item.get_closest_marker("gpu_memory"):
+        (gib,) = marker.args
+        torch.cuda.empty_cache()
+        if torch.cuda.mem_get_info()[0] < gib * 2**30:
+            pytest.skip(f"{MISSING}{gib} GiB of free GPU memory")
+
+
+@pytest.fixture(autouse=True)
+def seed(request):
+    """Each test draws the same numbers whether it runs alone or with others. Shown when a test fails."""
+    value = zlib.crc32(request.node.name.encode())
+    print(f"torch.manual_seed({value})")
+    torch.manual_seed(value)
+    return value
+
+
+def pytest_report_header():
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return f"torch {torch.__version__}, {torch.get_num_threads()} threads, GPUs: {', '.join(gpus) or 'none'}"
+
+
+def pytest_terminal_summary(terminalreporter):
+    """How much was not run, and what it would have taken."""
+    counts = {}
+    for report in terminalreporter.stats.get("skipped", []):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        reason = reason.removeprefix("Skipped: ")
+        if reason.startswith(MISSING):
+            counts[reason] = counts.get(reason, 0) + 1
+    for reason, count in sorted(counts.items()):
+        terminalreporter.write_line(f"not run: {count} tests ({reason})")

@@ -1,0 +1,120 @@
+"""What a right kernel's error looks like: the expected RMS error of every element, from first principles.
+
+A flash kernel rounds four things to the inputs' dtype: P and dS as they enter a matrix product, O before
+delta = rowsum(dO * O) is taken from it, and the result. Everything else happens in fp32 (fp64 for fp64
+inputs). Taking these roundings as independent and of first order gives a standard deviation for each
+element of out, dq, dk and dv, exact where rows are nearly one-hot, where results cancel, and where keys
+have a large mean. numerics.py gates errors in units of it.
+
+Everything is dense (seqlen_q x seqlen_k) in fp64: for the small shapes of the tests.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+
+def ulp(x, dtype):
+    """Distance between neighbours of `dtype` around x (fp64)."""
+    info = torch.finfo(dtype)
+    exponent = torch.frexp(x.abs().clamp(min=info.tiny)).exponent - 1
+    return torch.ldexp(torch.full_like(x, info.eps), exponent)
+
+
+def rounding_variance(x, dtype):
+    """An error uniform within half an ulp."""
+    return ulp(x, dtype).square() / 12
+
+
+def _heads_of(kv, heads):
+    return kv.double().repeat_interleave(heads // max(1, kv.shape[1]), dim=1)
+
+
+def _sum_groups(per_q_head, heads_kv):
+    batch, heads = per_q_head.shape[:2]
+    return per_q_head.reshape(batch, heads_kv, heads // max(1, heads_kv), *per_q_head.shape[2:]).sum(2)
+
+
+@dataclass
+class ErrorModel:
+    """The exact intermediate results of one attention call and the sizes of their errors."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    out: torch.Tensor  # reference, fp64
+    lse: torch.Tensor  # reference, fp64
+    visible: torch.Tensor
+    scale: float
+
+    def __post_init__(self):
+        self.dtype = self.q.dtype
+        self.eps = torch.finfo(torch.float64 if self.dtype == torch.float64 else torch.float32).eps
+        self.heads_kv = self.k.shape[1]
+        heads, head_dim = self.q.shape[1], self.q.shape[3]
+        q, k, v = self.q.double(), _heads_of(self.k, heads), _heads_of(self.v, heads)
+        self.q, self.k, self.v = q, k, v
+
+        scores = self.scale * (q @ k.mT)
+        lse = self.lse.masked_fill(self.lse == -math.inf, 0.0).unsqueeze(-1)
+        self.p = torch.exp((scores - lse).masked_fill(~self.visible, -math.inf))
+        # Relative error of P before it is rounded: the dot product, the rounding of exp's argument, exp.
+        dot = head_dim / 12 * self.scale**2 * (q.square() @ k.square().mT)
+        self.p_relative_variance = self.eps**2 * (dot + (scores.abs() + lse.abs()).square() + 4)
+        self.p_rounding = self._rounding(self.p)
+
+    def _rounding(self, x):
+        """Variance from rounding an operand of a matrix product; fp32 and fp64 are not rounded again."""
+        if self.dtype in (torch.float32, torch.float64):
+            return self.eps**2 * x.square()
+        return torch.where(x == 0, 0.0, rounding_variance(x, self.dtype))
+
+    def _accumulation(self, terms_squared, count):
+        """Variance of an fp32 sum of `count` terms."""
+        return self.eps**2 * (1 + count / 12) * terms_squared
+
+    def out_sigma(self):
+        p2, v2 = self.p.square(), self.v.square()
+        variance = rounding_variance(self.out, self.dtype) + self.p_rounding @ v2
+        variance += self._accumulation(p2 @ v2, self.k.shape[2])
+        # Errors of the scores change numerator and row sum alike: only V - out counts.
+        weight = self.p_relative_variance * p2
+        out = self.out
+        spread = weight @ v2 - 2 * out * (weight @ self.v) + out.square() * weight.sum(-1, keepdim=True)
+        return (variance + spread.clamp(min=0)).sqrt()
+
+    def gradient_sigmas(self, dout, dlse, dq, dk, dv):
+        """For the reference gradients dq, dk, dv."""
+        dout = dout.double()
+        do2, q2, k2, p2 = dout.square(), self.q.square(), self.k.square(), self.p.square()
+        seqlen_q, seqlen_k, head_dim = self.q.shape[2], self.k.shape[2], self.q.shape[3]
+        dlse = 0.0 if dlse is None else dlse.double().unsqueeze(-1)
+
+        delta = (dout * self.out).sum(-1, keepdim=True) - dlse
+        ds = self.p * (dout @ self.v.mT - delta)
+        ds2 = ds.square()
+        delta_variance = (do2 * rounding_variance(self.out, self.dtype)).sum(-1, keepdim=True)
+        delta_variance += self._accumulation((do2 * self.out.square()).sum(-1, keepdim=True), head_dim)
+        delta_variance += self.eps**2 * delta.square()
+        ds_variance = self._rounding(ds) + self.p_relative_variance * ds2
+        ds_variance += p2 * self._accumulation(do2 @ self.v.square().mT, head_dim)
+
+        # rowsum(dS) is known, so the mean of the keys can be taken out of dQ's error. The reference does no
+        # such thing, and in fp64 its error counts as much as the kernel's.
+        centred = self.k - (self.k.mean(2, keepdim=True) if seqlen_k else 0.0)
+        dq_variance = self._accumulation(ds2 @ k2, seqlen_k)
+        for keys in (centred, self.k) if self.dtype == torch.float64 else (centred,):
+            dq_variance += ds_variance @ keys.square() + delta_variance * (self.p @ keys).square()
+        dk_variance = (ds_variance + p2 * delta_variance).mT @ q2
+        dk_variance += self._accumulation(ds2.mT @ q2, seqlen_q)
+        dv_variance = (self.p_rounding + self.p_relative_variance * p2).mT @ do2
+        dv_variance += self._accumulation(p2.mT @ do2, seqlen_q)
+
+        scale2 = self.scale**2
+        variances = (
+            scale2 * dq_variance + rounding_variance(dq, self.dtype),
+            scale2 * _sum_groups(dk_variance, self.heads_kv) + rounding_variance(dk, self.dtype),
+            _sum_groups(dv_variance, self.heads_kv) + rounding_variance(dv, self.dtype),
+        )
+        return tuple(x.sqrt() for x in variances)
