@@ -138,6 +138,7 @@ def report(screen, rows, means):
 def main():
     options = parse_options()
     device, screen = record.default_device(), tables.console()
+    record.metadata(device)
     screen.print(f"[bold]Attention on {record.device_name(device)}[/], {options.dtype}")
     baselines.use_full_fp32()
 

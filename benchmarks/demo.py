@@ -47,6 +47,7 @@ def main():
 
     device = record.default_device()
     screen = tables.console()
+    record.metadata(device)
     introduce(screen, device)
     baselines.use_full_fp32()
 

@@ -62,9 +62,9 @@ def check_tests(arguments, seconds):
             return part("failed", reason=reason, command=shlex.join(command[1:]))
         if not report.exists():
             return part("failed", exit_code=done.returncode, output=last_lines(done.stdout + done.stderr))
-        counts, failures = read_junit(report)
+        counts, failed = read_junit(report)
     status = "passed" if done.returncode == 0 and counts["tests"] > counts["skipped"] else "failed"
-    return part(status, exit_code=done.returncode, **counts, failures=failures)
+    return part(status, exit_code=done.returncode, **counts, failed_tests=failed)
 
 
 def read_junit(path):
@@ -148,9 +148,7 @@ def count_differences(case, deterministic, device, repeats):
     leaves = [x.requires_grad_() for x in (q, k, v)]
 
     def run():
-        out, lse = flash_ext.flash_attention(
-            *leaves, causal=case.causal, return_lse=True, deterministic=deterministic
-        )
+        out, lse = flash_ext.flash_attention(*leaves, causal=case.causal, return_lse=True, deterministic=deterministic)
         grads = torch.autograd.grad(out, leaves, dout)
         names = ("out", "lse", "dq", "dk", "dv")
         return dict(zip(names, (out.detach(), lse.detach(), *grads), strict=True))
@@ -201,9 +199,7 @@ def main():
         parts[name] = part("not run", reason="skipped by --skip") if skipped else guarded(*check)
         screen.print(f"{name}: {parts[name]}", markup=False, highlight=False)
         # Written after each part, so that an interrupted run leaves what it found.
-        path = record.write_results(
-            "gpu_check", device, {"build": flash_ext.build_info(), **parts}, options.output_dir
-        )
+        path = record.write_results("gpu_check", device, {"build": flash_ext.build_info(), **parts}, options.output_dir)
     screen.print(f"\nresults: {path}", highlight=False)
     return 1 if any(result["status"] == "failed" for result in parts.values()) else 0
 

@@ -78,15 +78,13 @@ def profile(name, profiler):
             *("--log-file", str(log), sys.executable, "-m", "benchmarks.hbm_traffic", "--child", name),
         ]
         try:
-            done = subprocess.run(
-                command, cwd=record.ROOT, capture_output=True, text=True, timeout=CHILD_SECONDS
-            )
+            done = subprocess.run(command, cwd=record.ROOT, capture_output=True, text=True, timeout=CHILD_SECONDS)
         except (OSError, subprocess.TimeoutExpired) as error:
             return None, f"{type(error).__name__}: {error}"
         text = log.read_text() if log.exists() else ""
         kernels = parse_counters(text)
         if done.returncode != 0 or not kernels:
-            reasons = [line for line in (text + done.stderr).splitlines() if "rror" in line]
+            reasons = [line for line in (text + done.stderr).splitlines() if "error" in line.lower()]
             reason = reasons[-1].strip() if reasons else "no counters"
             return None, f"profiler exit {done.returncode}: {reason}"
     calls = split_calls(kernels)

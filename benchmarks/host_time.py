@@ -93,7 +93,7 @@ def main():
             shape = case.record() | {"grad": with_grad}
             rows += [shape | {"impl": name, "us": us} for name, us in medians.items()]
             cells = "".join(f"  {tables.LABELS[name]} {us:6.2f} us" for name, us in medians.items())
-            screen.print(f"{case.label():<34}{'grad' if with_grad else 'no grad':<8}{cells}", highlight=False)
+            screen.print(f"{case.label():<27}{'grad' if with_grad else '':<5}{cells}", highlight=False)
     payload = {"calls_per_batch": BATCH, "rows": rows}
     path = record.write_results("host_time", device, payload, options.output_dir)
     screen.print(f"\nresults: {path}", highlight=False)

@@ -83,9 +83,7 @@ def _finish(figure, axes, title, subtitle, path):
 def plot_speedups(cases, path, title, subtitle):
     """`cases`: list of (label, rows). A line per case, a mark per implementation: speed-up over naive."""
     with plt.rc_context(RC):
-        figure, axes = plt.subplots(
-            1, 2, sharey=True, figsize=(10, 1.2 + 0.34 * len(cases)), layout="constrained"
-        )
+        figure, axes = plt.subplots(1, 2, sharey=True, figsize=(10, 1.2 + 0.34 * len(cases)), layout="constrained")
         for axis, pass_name in zip(axes, ("forward", "backward"), strict=True):
             for y, (_, rows) in enumerate(cases):
                 for (row_pass, name), value in speedups(rows).items():
@@ -110,7 +108,7 @@ def plot_grid(rows, path, title, subtitle):
         figure, grid = plt.subplots(
             len(kinds),
             len(head_dims),
-            figsize=(3.5 * len(head_dims), 2.5 * len(kinds)),
+            figsize=(max(7.5, 3.5 * len(head_dims)), 2.5 * len(kinds)),
             squeeze=False,
             layout="constrained",
             sharex=True,
@@ -167,10 +165,7 @@ def plot_traffic(rows, path, title, subtitle):
     with plt.rc_context(RC):
         figure, axes = plt.subplots(1, 2, sharey=True, figsize=(8.5, 3.4), layout="constrained")
         for axis, direction in zip(axes, ("read", "write"), strict=True):
-            _plot_lines(
-                axis, rows, "seqlen", f"model_{direction}_bytes", linestyle="--", marker="", linewidth=1
-            )
-            _plot_lines(axis, rows, "seqlen", f"{direction}_bytes")
+            _plot_lines(axis, rows, "seqlen", f"model_{direction}_bytes", linestyle="--", marker="", linewidth=1)
             axis.set_yscale("log")
             axis.yaxis.set_major_formatter(FuncFormatter(lambda count, _: f"{count / 1e9:g} GB"))
             axis.set_title(f"bytes {'read' if direction == 'read' else 'written'}")

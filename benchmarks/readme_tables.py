@@ -17,14 +17,17 @@ from benchmarks.tables import LABELS, format_bytes, format_ms, format_tflops, sp
 
 DEFAULT_DEVICE = "nvidia-h200"
 # Groups: the first marker, section, device, what is between, the last marker.
-MARKER = re.compile(
-    r"(<!-- begin:([a-z_]+)(?::([a-z0-9-]+))? -->\n)(.*?)(<!-- end:\2(?::[a-z0-9-]+)? -->)", re.DOTALL
-)
+MARKER = re.compile(r"(<!-- begin:([a-z_]+)(?::([a-z0-9-]+))? -->\n)(.*?)(<!-- end:\2(?::[a-z0-9-]+)? -->)", re.DOTALL)
 
 
 def markdown_table(header, rows):
-    aligned = ["---"] + ["---:"] * (len(header) - 1)
+    columns = zip(*rows, strict=True)
+    aligned = ["---:" if all(map(_is_number, column)) else "---" for column in columns]
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in (header, aligned, *rows))
+
+
+def _is_number(cell):
+    return re.match(r"-$|[-\d]+[\d.,%]*( |x|$)", str(cell)) is not None
 
 
 def source_line(results, command, extra=""):
@@ -32,10 +35,7 @@ def source_line(results, command, extra=""):
     where = results["gpu"] or results["cpu"]
     driver = f", driver {results['driver']}" if results["driver"] else ""
     commit = results["commit"][:10] + (" and uncommitted changes" if results["dirty"] else "")
-    return (
-        f"{where}{driver}, torch {results['torch']}, commit {commit}, {results['date'][:10]};"
-        f" `{command}`.{extra}"
-    )
+    return f"{where}{driver}, torch {results['torch']}, commit {commit}, {results['date'][:10]}; `{command}`.{extra}"
 
 
 def attention_section(results):

@@ -1,6 +1,7 @@
 """Result files: what was measured, on what, at which commit."""
 
 import datetime
+import functools
 import json
 import os
 import platform
@@ -35,7 +36,9 @@ def results_dir(device):
     return RESULTS / device_slug(device)
 
 
+@functools.cache
 def metadata(device):
+    """What identifies a measurement. Ask early: a device that is lost later could not answer."""
     is_cuda = device.type == "cuda"
     commit, dirty = _commit()
     return {
@@ -79,9 +82,7 @@ def split_rows(rows):
 
 
 def add_output_option(parser):
-    parser.add_argument(
-        "--output-dir", type=Path, help="folder for the results (default: benchmarks/results/<device>)"
-    )
+    parser.add_argument("--output-dir", type=Path, help="folder for the results (default: benchmarks/results/<device>)")
 
 
 def _output_of(*command):

@@ -111,9 +111,7 @@ def time_contenders(contenders, device, plan):
     if device.type == "cuda":
         runs = _capture_all(contenders, estimates, results, device)
 
-    slots = {
-        key: _Slot(run, contenders[key].calls, estimates[key], plan, device) for key, run in runs.items()
-    }
+    slots = {key: _Slot(run, contenders[key].calls, estimates[key], plan, device) for key, run in runs.items()}
     results.update(_run_rounds(slots, device, plan))
     return {key: results[key] for key in contenders}
 
