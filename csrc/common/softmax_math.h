@@ -1,5 +1,6 @@
-// The scalar steps of the online softmax, shared by every kernel on every device. Logits are kept in
-// units of log2, x = softmax_scale * log2(e) * (q . k), so that a weight is one exp2.
+// The scalar steps of the online softmax, shared by every kernel on every device. The CUDA kernels keep
+// logits in units of log2, x = softmax_scale * log2(e) * (q . k), so that a weight is one exp2; the CPU
+// kernels keep them in natural units, where L needs no conversion and loses nothing to one.
 #pragma once
 
 #include <cmath>
@@ -30,18 +31,29 @@ FLASH_HOST_DEVICE T inverse_sum(T row_sum) {
   return row_sum > static_cast<T>(0) ? static_cast<T>(1) / row_sum : static_cast<T>(0);
 }
 
-// L = m + log l in natural units, from m in units of log2; -inf for a row with no visible key.
+// L = m + log l; -inf for a row with no visible key.
 template <typename T>
-FLASH_HOST_DEVICE T finalize_lse(T row_max_log2, T row_sum) {
-  return row_sum > static_cast<T>(0) ? row_max_log2 * static_cast<T>(kLn2) + std::log(row_sum)
-                                     : static_cast<T>(-INFINITY);
+FLASH_HOST_DEVICE T log_sum_exp(T row_max, T row_sum) {
+  return row_sum > static_cast<T>(0) ? row_max + std::log(row_sum) : static_cast<T>(-INFINITY);
 }
 
-// The log-sum-exp as the backward subtracts it, in units of log2. An empty row gets +inf, so that its
-// recomputed weights exp2(x - inf) are 0.
+// The same in natural units from m in units of log2.
+template <typename T>
+FLASH_HOST_DEVICE T finalize_lse(T row_max_log2, T row_sum) {
+  return log_sum_exp(row_max_log2 * static_cast<T>(kLn2), row_sum);
+}
+
+// The log-sum-exp as the backward subtracts it. An empty row gets +inf, so that its recomputed weights
+// exp(x - inf) are 0.
+template <typename T>
+FLASH_HOST_DEVICE T backward_lse(T lse) {
+  return lse == static_cast<T>(-INFINITY) ? static_cast<T>(INFINITY) : lse;
+}
+
+// The same in units of log2.
 template <typename T>
 FLASH_HOST_DEVICE T backward_lse_log2(T lse) {
-  return lse == static_cast<T>(-INFINITY) ? static_cast<T>(INFINITY) : lse * static_cast<T>(kLog2e);
+  return backward_lse(lse) * static_cast<T>(kLog2e);
 }
 
 }  // namespace flash_ext

@@ -40,10 +40,9 @@ class Backward {
         block_m_(clipped_block(tile.block_m, params.shape.seqlen_q)),
         block_n_(clipped_block(tile.block_n, params.shape.seqlen_k)),
         scale_(static_cast<T>(params.softmax_scale)),
-        scale_log2_(static_cast<T>(params.softmax_scale * kLog2e)),
         query_tiles_{shape_.batch, shape_.heads_q, mask_.seqlen_q, block_m_},
         key_tiles_{shape_.batch, shape_.heads_kv, mask_.seqlen_k, block_n_},
-        lse_log2_(shape_.batch * shape_.heads_q * shape_.seqlen_q),
+        lse_(shape_.batch * shape_.heads_q * shape_.seqlen_q),
         delta_(shape_.batch * shape_.heads_q * shape_.seqlen_q) {}
 
   void run() {
@@ -53,7 +52,7 @@ class Backward {
   }
 
  private:
-  // Index of a query row in lse, dlse, lse_log2_ and delta_.
+  // Index of a query row in lse, dlse, lse_ and delta_.
   int64_t row_index(int64_t batch_idx, int64_t head_idx, int row) const {
     return (batch_idx * shape_.heads_q + head_idx) * shape_.seqlen_q + row;
   }
@@ -74,7 +73,7 @@ class Backward {
                            view.row_stride, tile.data(), tile.ld);
   }
 
-  // lse_log2_, and delta_ = D unless only dV is wanted.
+  // lse_, and delta_ = D unless only dV is wanted.
   void compute_row_statistics() {
     const bool needs_delta = params_.dq.data != nullptr || params_.dk.data != nullptr;
     const int64_t work = int64_t{block_m_} * head_dim_;
@@ -84,7 +83,7 @@ class Backward {
         const auto [batch_idx, head_idx, row0, rows] = query_tiles_[i];
         const int64_t row_idx = row_index(batch_idx, head_idx, row0);
         const T* lse = static_cast<const T*>(params_.lse) + row_idx;
-        for (int r = 0; r < rows; ++r) lse_log2_[row_idx + r] = backward_lse_log2(lse[r]);
+        for (int r = 0; r < rows; ++r) lse_[row_idx + r] = backward_lse(lse[r]);
         if (!needs_delta) continue;
         load(params_.out, batch_idx, head_idx, row0, rows, out);
         load(params_.dout, batch_idx, head_idx, row0, rows, dout);
@@ -128,12 +127,12 @@ class Backward {
             load(params_.q, batch_idx, head_idx, row0, rows, q);
             load(params_.dout, batch_idx, head_idx, row0, rows, dout);
 
-            ops_.gemm_nn(rows, lanes, head_dim_, scale_log2_, q.data(), q.ld, k_t.data(), k_t.ld,
+            ops_.gemm_nn(rows, lanes, head_dim_, scale_, q.data(), q.ld, k_t.data(), k_t.ld,
                          false, p.data(), p.ld);
             if (!block_is_full(mask_, row0, key0, keys)) {
               mask_scores(mask_, row0, rows, key0, keys, p.data(), p.ld, 1);
             }
-            ops_.probabilities_per_row(rows, lanes, p.data(), p.ld, &lse_log2_[row_idx]);
+            ops_.probabilities_per_row(rows, lanes, p.data(), p.ld, &lse_[row_idx]);
             if (needs_dv) {
               ops_.gemm_tn(keys, columns, rows, T{1}, p.data(), p.ld, dout.data(), dout.ld, true,
                            dv.data(), dv.ld);
@@ -163,7 +162,7 @@ class Backward {
       Tile<T> k(block_n_, head_dim_), v(block_n_, head_dim_);
       Tile<T> p_t(block_n_, block_m_), ds_t(block_n_, block_m_);
       Tile<T> dq(block_m_, head_dim_);
-      Lanes<T> lse_log2(block_m_), delta(block_m_), ds_sum(block_m_);
+      Lanes<T> lse(block_m_), delta(block_m_), ds_sum(block_m_);
       const int lanes = static_cast<int>(q_t.ld);
       for (int64_t i = begin; i < end; ++i) {
         const auto [batch_idx, head_idx, row0, rows] = query_tiles_[i];
@@ -171,7 +170,7 @@ class Backward {
         const int64_t row_idx = row_index(batch_idx, head_idx, row0);
         load_transposed(params_.q, batch_idx, head_idx, row0, rows, q_t);
         load_transposed(params_.dout, batch_idx, head_idx, row0, rows, dout_t);
-        std::copy_n(&lse_log2_[row_idx], rows, lse_log2.data());
+        std::copy_n(&lse_[row_idx], rows, lse.data());
         std::copy_n(&delta_[row_idx], rows, delta.data());
         ds_sum.fill(T{0});
         dq.fill(T{0});
@@ -184,12 +183,12 @@ class Backward {
           load(params_.k, batch_idx, kv_head_idx, key0, keys, k);
           load(params_.v, batch_idx, kv_head_idx, key0, keys, v);
 
-          ops_.gemm_nn(keys, lanes, head_dim_, scale_log2_, k.data(), k.ld, q_t.data(), q_t.ld,
+          ops_.gemm_nn(keys, lanes, head_dim_, scale_, k.data(), k.ld, q_t.data(), q_t.ld,
                        false, p_t.data(), p_t.ld);
           if (!block_is_full(mask_, row0, key0, keys)) {
             mask_scores(mask_, row0, rows, key0, keys, p_t.data(), 1, p_t.ld);
           }
-          ops_.probabilities_per_lane(keys, lanes, p_t.data(), p_t.ld, lse_log2.data());
+          ops_.probabilities_per_lane(keys, lanes, p_t.data(), p_t.ld, lse.data());
           ops_.gemm_nn(keys, lanes, head_dim_, T{1}, v.data(), v.ld, dout_t.data(), dout_t.ld, false,
                        ds_t.data(), ds_t.ld);
           ops_.score_gradients_per_lane(keys, lanes, p_t.data(), ds_t.data(), ds_t.ld,
@@ -201,7 +200,7 @@ class Backward {
 
         const T* mean = key_mean.row(batch_idx * shape_.heads_kv + kv_head_idx);
         for (int r = 0; r < rows; ++r) {
-          const bool is_empty = lse_log2[r] == INFINITY;
+          const bool is_empty = lse[r] == INFINITY;
           const T error = is_empty ? T{0} : ds_sum[r] - dlse(row_idx + r);
           for (int c = 0; c < head_dim_; ++c) dq.row(r)[c] = scale_ * (dq.row(r)[c] - error * mean[c]);
         }
@@ -238,10 +237,10 @@ class Backward {
   const TileLoads<Scalar>& loads_ = tile_loads<Scalar>();
   const int head_dim_;
   const int block_m_, block_n_;
-  const T scale_, scale_log2_;
+  const T scale_;
   const TileList query_tiles_, key_tiles_;
-  Lanes<T> lse_log2_;  // L in units of log2, +inf for a row with no visible key
-  Lanes<T> delta_;     // D
+  Lanes<T> lse_;  // L, but +inf for a row with no visible key
+  Lanes<T> delta_;  // D
 };
 
 }  // namespace

@@ -23,7 +23,7 @@ class ForwardTile {
   ForwardTile(const ForwardParams& params, int block_m, int block_n)
       : params_(params),
         head_dim_(static_cast<int>(params.shape.head_dim)),
-        scale_log2_(static_cast<T>(params.softmax_scale * kLog2e)),
+        scale_(static_cast<T>(params.softmax_scale)),
         q_t_(head_dim_, block_m),
         k_(block_n, head_dim_),
         v_(block_n, head_dim_),
@@ -49,10 +49,10 @@ class ForwardTile {
                 params_.v.row_stride, v_.data(), v_.ld);
   }
 
-  // Computes P of the loaded tiles and raises row_max (in units of log2) to the new maxima.
+  // Computes P of the loaded tiles and raises row_max to the new maxima.
   void update_probabilities(T* row_max) {
     const int lanes = static_cast<int>(q_t_.ld);
-    ops_.gemm_nn(keys_, lanes, head_dim_, scale_log2_, k_.data(), k_.ld, q_t_.data(), q_t_.ld, false,
+    ops_.gemm_nn(keys_, lanes, head_dim_, scale_, k_.data(), k_.ld, q_t_.data(), q_t_.ld, false,
                  p_t_.data(), p_t_.ld);
     if (!block_is_full(params_.mask, row0_, key0_, keys_)) {
       mask_scores(params_.mask, row0_, rows_, key0_, keys_, p_t_.data(), 1, p_t_.ld);
@@ -63,8 +63,8 @@ class ForwardTile {
       shift_[i] = guarded_max(row_max[i]);
       rescale_[i] -= shift_[i];
     }
-    ops_.exp2(lanes, rescale_.data());
-    ops_.exp2_and_sum(keys_, lanes, p_t_.data(), p_t_.ld, shift_.data(), block_sum_.data());
+    ops_.exp(lanes, rescale_.data());
+    ops_.exp_and_sum(keys_, lanes, p_t_.data(), p_t_.ld, shift_.data(), block_sum_.data());
   }
 
   // exp(m - m') of each query, by which what was summed before this block shrinks.
@@ -88,7 +88,7 @@ class ForwardTile {
   const TileOps<T>& ops_ = tile_ops<T>();
   const TileLoads<Scalar>& loads_ = tile_loads<Scalar>();
   const int head_dim_;
-  const T scale_log2_;
+  const T scale_;
   int row0_ = 0, rows_ = 0;  // the loaded queries
   int key0_ = 0, keys_ = 0;  // the loaded keys
   Tile<T> q_t_, k_, v_, p_t_;
@@ -110,7 +110,7 @@ void store_lse(const ForwardParams& params, int64_t batch_idx, int64_t head_idx,
   const AttentionShape& shape = params.shape;
   T* lse = static_cast<T*>(params.lse) +
            (batch_idx * shape.heads_q + head_idx) * shape.seqlen_q + row0;
-  for (int i = 0; i < rows; ++i) lse[i] = finalize_lse(row_max[i], row_sum[i]);
+  for (int i = 0; i < rows; ++i) lse[i] = log_sum_exp(row_max[i], row_sum[i]);
 }
 
 }  // namespace flash_ext::cpu

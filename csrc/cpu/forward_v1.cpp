@@ -62,8 +62,7 @@ void forward_v1(const ForwardParams& params, TileShape tile) {
           }
           step.scale_output(factor.data(), o.row(row0), o.ld);
           step.add_weighted_values(o.row(row0), o.ld);
-          for (int r = 0; r < rows; ++r) factor[r] = inverse_sum(row_sum[row0 + r]);
-          step.scale_output(factor.data(), o.row(row0), o.ld);
+          for (int r = row0; r < row0 + rows; ++r) divide_row(o.row(r), head_dim, row_sum[r]);
         }
       }
 

@@ -18,7 +18,10 @@ struct Simd<float> {
   static constexpr int kMantissaBits = 23;
   static constexpr int kMinExponent = -126;
   static constexpr int kMaxExponent = 127;
-  static constexpr int kExp2Degree = 7;  // truncation 0.5 * 2^-24 of the result, |r| <= 1/2
+  static constexpr int kExpDegree = 7;
+  // ln 2 in two parts; a multiple of the first by any exponent is exact.
+  static constexpr float kLn2High = 0.693359375f;
+  static constexpr float kLn2Low = -2.12194440e-4f;
 };
 
 template <>
@@ -29,7 +32,9 @@ struct Simd<double> {
   static constexpr int kMantissaBits = 52;
   static constexpr int kMinExponent = -1022;
   static constexpr int kMaxExponent = 1023;
-  static constexpr int kExp2Degree = 13;
+  static constexpr int kExpDegree = 13;
+  static constexpr double kLn2High = 6.93145751953125e-1;
+  static constexpr double kLn2Low = 1.42860682030941723212e-6;
 };
 
 template <typename T>
@@ -52,40 +57,44 @@ inline Vec<T> broadcast(T x) {
   return Vec<T>{} + x;
 }
 
-// The coefficients ln(2)^k / k! of 2^r.
+// The coefficients 1 / k! of exp(r). For |r| <= ln(2) / 2 the first term left out is less than a tenth
+// of the last bit.
 template <typename T>
-struct Exp2Series {
-  T coefficient[Simd<T>::kExp2Degree + 1];
+struct ExpSeries {
+  T coefficient[Simd<T>::kExpDegree + 1];
 
-  constexpr Exp2Series() : coefficient() {
-    double term = 1.0;
-    for (int k = 0; k <= Simd<T>::kExp2Degree; ++k) {
-      coefficient[k] = static_cast<T>(term);
-      term *= 0.69314718055994530942 / (k + 1);
+  constexpr ExpSeries() : coefficient() {
+    double factorial = 1.0;
+    for (int k = 0; k <= Simd<T>::kExpDegree; ++k) {
+      if (k > 0) factorial *= k;
+      coefficient[k] = static_cast<T>(1.0 / factorial);
     }
   }
 };
 
-// 2^x: with n = round(x) and r = x - n, which is exact, a series for 2^r and n added to the exponent.
+// exp(x): with n = round(x / ln 2) and r = x - n ln 2, the series for exp(r) and n added to the exponent.
 // Below the smallest normal number the result is 0; above the largest power of two it stays there.
 template <typename T>
-inline Vec<T> exp2(Vec<T> x) {
+inline Vec<T> exp(Vec<T> x) {
   using S = Simd<T>;
   using Int = typename S::Int;
-  constexpr Exp2Series<T> series;
+  constexpr ExpSeries<T> series;
+  constexpr T kLn2 = static_cast<T>(0.69314718055994530942);
+  constexpr T kLog2e = static_cast<T>(1.4426950408889634074);
   // Adding this rounds to an integer and leaves it in the low bits of the sum's mantissa.
   constexpr T kRound = static_cast<T>(int64_t{3} << (S::kMantissaBits - 1));
 
-  const Vec<T> upper = broadcast<T>(S::kMaxExponent);
+  const Vec<T> upper = broadcast<T>(S::kMaxExponent * kLn2);
+  const Vec<T> lower = broadcast<T>(S::kMinExponent * kLn2);
   const Vec<T> clamped = x > upper ? upper : x;
-  const Vec<T> rounded = clamped + kRound;
-  const Vec<T> r = clamped - (rounded - kRound);
-  Vec<T> result = broadcast<T>(series.coefficient[S::kExp2Degree]);
+  const Vec<T> rounded = clamped * kLog2e + kRound;
+  const Vec<T> n = rounded - kRound;
+  const Vec<T> r = (clamped - n * S::kLn2High) - n * S::kLn2Low;
+  Vec<T> result = broadcast<T>(series.coefficient[S::kExpDegree]);
 #pragma GCC unroll 16
-  for (int k = S::kExp2Degree - 1; k >= 0; --k) result = result * r + series.coefficient[k];
-  const Int n = (Int)rounded - (Int)broadcast<T>(kRound);
-  const Vec<T> power = (Vec<T>)((n + S::kMaxExponent) << S::kMantissaBits);
-  return x < broadcast<T>(S::kMinExponent) ? Vec<T>{} : result * power;
+  for (int k = S::kExpDegree - 1; k >= 0; --k) result = result * r + series.coefficient[k];
+  const Int exponent = (Int)rounded - (Int)broadcast<T>(kRound) + S::kMaxExponent;
+  return x < lower ? Vec<T>{} : result * (Vec<T>)(exponent << S::kMantissaBits);
 }
 
 }  // namespace flash_ext::cpu::FLASH_CPU_ISA

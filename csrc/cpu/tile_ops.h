@@ -33,16 +33,16 @@ struct TileOps {
   // lane_max[lane] = max(lane_max[lane], column of scores).
   void (*update_lane_max)(int rows, int lanes, const T* scores, int64_t ld, T* lane_max);
 
-  // scores = exp2(scores - shift[lane]); lane_sum[lane] = sum of the column.
-  void (*exp2_and_sum)(int rows, int lanes, T* scores, int64_t ld, const T* shift, T* lane_sum);
+  // scores = exp(scores - shift[lane]); lane_sum[lane] = sum of the column.
+  void (*exp_and_sum)(int rows, int lanes, T* scores, int64_t ld, const T* shift, T* lane_sum);
 
-  // x = exp2(x).
-  void (*exp2)(int lanes, T* x);
+  // x = exp(x).
+  void (*exp)(int lanes, T* x);
 
   // Each row of the tile times its own factor.
   void (*scale_rows)(int rows, int cols, const T* factor, T* tile, int64_t ld);
 
-  // P = exp2(scores - lse), in place, with one lse per lane or per row.
+  // P = exp(scores - lse), in place, with one lse per lane or per row.
   using Probabilities = void (*)(int rows, int lanes, T* scores, int64_t ld, const T* lse);
   Probabilities probabilities_per_lane;
   Probabilities probabilities_per_row;

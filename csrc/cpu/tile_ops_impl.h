@@ -29,13 +29,13 @@ void update_lane_max(int rows, int lanes, const T* scores, int64_t ld, T* lane_m
 }
 
 template <typename T>
-void exp2_and_sum(int rows, int lanes, T* scores, int64_t ld, const T* shift, T* lane_sum) {
+void exp_and_sum(int rows, int lanes, T* scores, int64_t ld, const T* shift, T* lane_sum) {
   for (int lane = 0; lane < lanes; lane += Simd<T>::kLanes) {
     const Vec<T> lane_shift = load<T>(shift + lane);
     Vec<T> sum = {};
     for (int i = 0; i < rows; ++i) {
       T* s = scores + i * ld + lane;
-      const Vec<T> p = exp2<T>(load<T>(s) - lane_shift);
+      const Vec<T> p = exp<T>(load<T>(s) - lane_shift);
       store<T>(s, p);
       sum += p;
     }
@@ -44,9 +44,9 @@ void exp2_and_sum(int rows, int lanes, T* scores, int64_t ld, const T* shift, T*
 }
 
 template <typename T>
-void exp2_lanes(int lanes, T* x) {
+void exp_lanes(int lanes, T* x) {
   for (int lane = 0; lane < lanes; lane += Simd<T>::kLanes) {
-    store<T>(x + lane, exp2<T>(load<T>(x + lane)));
+    store<T>(x + lane, exp<T>(load<T>(x + lane)));
   }
 }
 
@@ -71,7 +71,7 @@ void probabilities(int rows, int lanes, T* scores, int64_t ld, const T* lse) {
   for (int i = 0; i < rows; ++i) {
     for (int lane = 0; lane < lanes; lane += Simd<T>::kLanes) {
       T* s = scores + i * ld + lane;
-      store<T>(s, exp2<T>(load<T>(s) - statistic<kPerLane>(lse, i, lane)));
+      store<T>(s, exp<T>(load<T>(s) - statistic<kPerLane>(lse, i, lane)));
     }
   }
 }
@@ -103,8 +103,8 @@ constexpr TileOps<T> make_tile_ops() {
   ops.gemm_nn = gemm<T, false>;
   ops.gemm_tn = gemm<T, true>;
   ops.update_lane_max = update_lane_max<T>;
-  ops.exp2_and_sum = exp2_and_sum<T>;
-  ops.exp2 = exp2_lanes<T>;
+  ops.exp_and_sum = exp_and_sum<T>;
+  ops.exp = exp_lanes<T>;
   ops.scale_rows = scale_rows<T>;
   ops.probabilities_per_lane = probabilities<T, true>;
   ops.probabilities_per_row = probabilities<T, false>;
