@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 from build_tools import instances, toolchain  # noqa: E402
 
 CSRC = Path("csrc")
-CXX_FLAGS = ["-O3", "-Wall", "-fvisibility=hidden"]
+CXX_FLAGS = ["-O3", "-g0", "-Wall", "-fvisibility=hidden"]
 
 
 def build_command():
@@ -66,7 +66,7 @@ def build_command():
             }
             extension.library_dirs += cpp_extension.library_paths()
             extension.include_dirs += [str(ROOT / CSRC), *cpp_extension.include_paths()]
-            extension.libraries += ["c10", "torch", "torch_cpu", "torch_python"]
+            extension.libraries += ["c10", "torch_cpu"]
             # Compiled for OpenMP, not linked to it: torch brings the one runtime that both must share.
             compile_args = {"cxx": [*CXX_FLAGS, "-fopenmp"], "nvcc": []}
             sources = [*CSRC.glob("*.cpp"), *CSRC.glob("cpu/*.cpp")]

@@ -184,8 +184,9 @@ def gencode_flags(codes):
 
 # ---- jobs -------------------------------------------------------------------------------------------
 
-# Peak resident memory of the hungriest job.
-JOB_MEMORY_BYTES = 2 << 30
+# The hungriest job, measured: 964 MiB for g++ 12 on csrc/autograd.cpp with torch 2.11. nvcc 13.0 takes
+# 219 MiB at most over all kernel instances.
+JOB_MEMORY_BYTES = 1 << 30
 
 
 def _first_number(*paths):

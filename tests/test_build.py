@@ -194,7 +194,7 @@ def test_spills_fail_the_kernel_check(monkeypatch):
     )
     _, problems = check_kernels.read_log("v2", LOG.format(spilled=8))
     assert problems == ["attention spills 8 B on sm_80; accepted: 0"]
-    monkeypatch.setitem(check_kernels.ACCEPTED_SPILLS, ("v2", "sm_80"), 8)
+    monkeypatch.setitem(check_kernels.ACCEPTED_SPILLS, ("v2", "sm_80"), check_kernels.Accepted(8, "1%"))
     assert check_kernels.read_log("v2", LOG.format(spilled=8))[1] == []
 
 
