@@ -27,8 +27,24 @@ def forward_flops(batch, heads, seqlen_q, seqlen_k, head_dim, causal="none"):
     return 4 * batch * heads * visible_scores(seqlen_q, seqlen_k, causal) * head_dim
 
 
-def forward_v2_bytes(batch, heads, seqlen_q, seqlen_k, head_dim, itemsize, block_m, causal="none"):
-    """Bytes a forward of v2 asks of device memory, had the GPU no L2 cache.
+def forward_v1_traffic(batch, heads, seqlen_q, seqlen_k, head_dim, itemsize, block_n, causal="none"):
+    """Bytes (read, written) that v1 asks of device memory, had the GPU no cache.
+
+    K and V are read once. O, l and m (fp32) are initialised once; for each block of block_n keys, every
+    query row that sees it reads Q, and reads and writes O, l and m; at the end they are read once more to
+    write the result and the logsumexp.
+    """
+    diagonal = _diagonal(seqlen_q, seqlen_k, causal)
+    first_rows = (min(max(key - diagonal, 0), seqlen_q) for key in range(0, seqlen_k, block_n))
+    steps = sum(seqlen_q - row for row in first_rows)
+    row, state = head_dim * itemsize, 4 * (head_dim + 2)
+    read = 2 * seqlen_k * row + steps * (row + state) + seqlen_q * state
+    written = seqlen_q * state + steps * state + seqlen_q * (row + 4)
+    return batch * heads * read, batch * heads * written
+
+
+def forward_v2_traffic(batch, heads, seqlen_q, seqlen_k, head_dim, itemsize, block_m, causal="none"):
+    """Bytes (read, written) that v2 asks of device memory, had the GPU no cache.
 
     Each tile of block_m query rows reads Q once and the visible part of K and V, and writes O and the
     logsumexp once.
@@ -36,18 +52,5 @@ def forward_v2_bytes(batch, heads, seqlen_q, seqlen_k, head_dim, itemsize, block
     diagonal = _diagonal(seqlen_q, seqlen_k, causal)
     last_rows = (min(row + block_m, seqlen_q) - 1 for row in range(0, seqlen_q, block_m))
     keys_read = sum(_keys_of_row(row, seqlen_k, diagonal) for row in last_rows)
-    return batch * heads * (2 * (seqlen_q + keys_read) * head_dim * itemsize + 4 * seqlen_q)
-
-
-def forward_v1_bytes(batch, heads, seqlen_q, seqlen_k, head_dim, itemsize, block_n, causal="none"):
-    """Bytes a forward of v1 asks of device memory, had the GPU no L2 cache.
-
-    K and V are read once. For each block of block_n keys, every query row that sees it reads Q, and
-    reads and writes O, l and m (fp32). The result is written once, with the logsumexp.
-    """
-    diagonal = _diagonal(seqlen_q, seqlen_k, causal)
-    first_rows = (min(max(key - diagonal, 0), seqlen_q) for key in range(0, seqlen_k, block_n))
-    steps = sum(seqlen_q - row for row in first_rows)
-    bytes_per_step = head_dim * itemsize + 2 * 4 * (head_dim + 2)
-    once = (2 * seqlen_k + seqlen_q) * head_dim * itemsize + 4 * seqlen_q
-    return batch * heads * (once + steps * bytes_per_step)
+    row = head_dim * itemsize
+    return batch * heads * (seqlen_q + 2 * keys_read) * row, batch * heads * seqlen_q * (row + 4)

@@ -72,14 +72,14 @@ def explain(q, k, v, *, causal=False, scale=None, algorithm="auto"):
         causal=mode,
     )
     if plan["algorithm"] == "v1":
-        hbm_bytes = cost.forward_v1_bytes(*shape, q.element_size(), plan["block_n"], mode)
+        traffic = cost.forward_v1_traffic(*shape, q.element_size(), plan["block_n"], mode)
     else:
-        hbm_bytes = cost.forward_v2_bytes(*shape, q.element_size(), plan["block_m"], mode)
+        traffic = cost.forward_v2_traffic(*shape, q.element_size(), plan["block_m"], mode)
     return Explanation(
         device=str(q.device),
         reasons=tuple(_reasons(q, k, v, algorithm)),
         flops=cost.forward_flops(*shape, mode),
-        hbm_bytes=hbm_bytes,
+        hbm_bytes=sum(traffic),
         **plan,
     )
 
