@@ -1,7 +1,5 @@
 """Rows of results for one case: every implementation checked, timed and weighed side by side."""
 
-import gc
-
 import torch
 
 from benchmarks import baselines
@@ -36,8 +34,6 @@ def compare(case, names, passes, device, plan, with_memory=False):
     for (pass_name, name), row in rows.items():
         if row["error"] is None:
             _fill(row, case, [timings[name, mode] for mode in MODES[pass_name]])
-    contenders.clear()
-    gc.collect()
     return list(rows.values())
 
 

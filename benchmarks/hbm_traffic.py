@@ -127,7 +127,6 @@ def split_calls(kernels):
 def model_bytes(name, case):
     if name == "naive":
         return io_model.naive_bytes(case)
-    # The plan depends on shapes alone; meta tensors would say the same without memory.
     q, k, v, _ = case.make_inputs("cuda")
     plan = flash_ext.explain(q, k, v, algorithm=name.removeprefix("flash_ext_"))
     if name == "flash_ext_v1":

@@ -18,17 +18,18 @@ def naive_bytes(case):
 
 def v1_bytes(case, block_n):
     """Algorithm 1: K and V once; for each of the N / block_n blocks of K and V, Q is read again and
-    O, l and m (fp32) are read and written, except that the first block finds nothing to read.
+    O, l and m (fp32) are read and written.
 
-    At the end O and the logsumexp are written once more, in their final types.
+    O, l and m are also written once to begin with, and read once at the end, when the result and the
+    logsumexp are written in their final types.
     """
     blocks = -(-case.seqlen // block_n)
     tensor = case.seqlen * case.head_dim * case.itemsize
     state = case.seqlen * (case.head_dim + 2) * FP32
     return _all_heads(
         case,
-        read=2 * tensor + blocks * tensor + (blocks - 1) * state,
-        written=(blocks - 1) * state + tensor + case.seqlen * FP32,
+        read=2 * tensor + blocks * (tensor + state) + state,
+        written=state + blocks * state + tensor + case.seqlen * FP32,
     )
 
 

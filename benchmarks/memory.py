@@ -19,6 +19,8 @@ from benchmarks.timing import attempt
 NAMES = ("naive", "flash_ext_v1", "flash_ext_v2")
 SHORT = ((2, 512), (4, 1024))  # (batch, seqlen)
 LONG = tuple(1024 << i for i in range(8))  # 1k .. 128k
+# v1 gives a head to one thread block: longer sequences of one head take it seconds.
+V1_LONGEST = 16384
 
 
 def measure(case, device):
@@ -31,6 +33,8 @@ def measure(case, device):
     for pass_name in PASSES:
         mode = "forward" if pass_name == "forward" else "forward_backward"
         for name in NAMES:
+            if name == "flash_ext_v1" and case.seqlen > V1_LONGEST:
+                continue
             row = {"pass": pass_name, **case.record(), "impl": name, "extra_bytes": None}
             row["error"] = BASELINES[name].refusal(case, pass_name, device)
             if row["error"] is None:

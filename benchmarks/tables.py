@@ -56,7 +56,7 @@ def format_bytes(count):
 def format_tflops(tflops):
     if tflops is None:
         return "-"
-    return f"{tflops:.0f}" if tflops >= 100 else f"{tflops:.1f}" if tflops >= 1 else f"{tflops:.3f}"
+    return f"{tflops:.0f}" if tflops >= 100 else f"{tflops:.1f}" if tflops >= 1 else f"{tflops:.4f}"
 
 
 def speedups(rows, over="naive"):
