@@ -112,6 +112,7 @@ def plot_grid(rows, path, title, subtitle):
             squeeze=False,
             layout="constrained",
             sharex=True,
+            sharey="row",
         )
         for line, (pass_name, causal) in zip(grid, kinds, strict=True):
             for axis, head_dim in zip(line, head_dims, strict=True):
@@ -148,7 +149,8 @@ def plot_memory(rows, path, title, subtitle):
         for axis, (pass_name, heading) in zip(axes, headings.items(), strict=True):
             chosen = [row | {"mib": (row["extra_bytes"] or 0) / 2**20 or None} for row in rows]
             _plot_lines(axis, [row for row in chosen if row["pass"] == pass_name], "seqlen", "mib")
-            axis.set_yscale("log")
+            axis.set_yscale("log", base=16)
+            axis.yaxis.set_minor_locator(NullLocator())
             axis.yaxis.set_major_formatter(FuncFormatter(_memory_label))
             axis.set_title(heading)
             axis.set_xlabel("sequence length")
