@@ -123,7 +123,7 @@ def plot_grid(rows, path, title, subtitle):
                 ]
                 _plot_lines(axis, chosen, "seqlen", "tflops")
                 axis.set_title(f"{pass_name}{', causal' if causal else ''}, head_dim {head_dim}")
-                axis.set_ylim(bottom=0)
+            line[0].set_ylim(bottom=0)
             line[0].set_ylabel("TFLOP/s")
         for axis in grid[-1]:
             axis.set_xlabel("sequence length")
