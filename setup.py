@@ -11,6 +11,7 @@ FLASH_EXT_HEAD_DIMS, FLASH_EXT_DTYPES.
 import json
 import os
 import sys
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -22,7 +23,8 @@ sys.path.insert(0, str(ROOT))
 from build_tools import instances, toolchain  # noqa: E402
 
 CSRC = Path("csrc")
-CXX_FLAGS = ["-O3", "-g0", "-Wall", "-fvisibility=hidden"]
+# Compiled for OpenMP, but not linked to it: torch brings the one runtime that both must share.
+CXX_FLAGS = ["-O3", "-g0", "-Wall", "-fvisibility=hidden", "-fopenmp"]
 
 
 def build_command():
@@ -37,70 +39,71 @@ def build_command():
         """Completes the extension with what only torch and this machine can tell, then builds it."""
 
         def run(self):
+            # ninja lies beside python, also where the environment was not activated.
+            os.environ["PATH"] = os.pathsep.join([sysconfig.get_path("scripts"), os.environ["PATH"]])
+            os.environ.setdefault("MAX_JOBS", str(toolchain.default_jobs()))
             try:
-                self.configure(self.extensions[0])
+                facts = self.configure(self.extensions[0])
             except toolchain.BuildError as error:
                 raise SystemExit(f"\nerror: flash_ext: {error}\n") from None
-            os.environ.setdefault("MAX_JOBS", str(toolchain.default_jobs()))
             super().run()
             record = Path(self.get_ext_fullpath("flash_ext._C")).with_suffix(".build.json")
-            record.write_text(json.dumps(self.facts, indent=2) + "\n")
+            record.write_text(json.dumps(facts, indent=2) + "\n")
 
         def configure(self, extension):
-            toolkit = toolchain.choose_toolkit(
-                torch.__version__,
-                torch.version.cuda,
-                toolchain.find_gpus(),
-                toolchain.find_toolkits(os.environ) if torch.version.cuda else [],
-                os.environ,
-            )
+            """Fill in sources and flags; return the facts that build_info() reports."""
+            if not cpp_extension.is_ninja_available():
+                raise toolchain.BuildError(f"ninja is missing. Run:\n    {sys.executable} -m pip install ninja")
+            gpus = toolchain.find_gpus()
+            toolkits = toolchain.find_toolkits(os.environ) if torch.version.cuda else []
+            toolkit = toolchain.choose_toolkit(torch.__version__, torch.version.cuda, gpus, toolkits, os.environ)
+            extension.sources = [str(source) for source in (*CSRC.glob("*.cpp"), *CSRC.glob("cpu/*.cpp"))]
+            extension.include_dirs += [str(ROOT / CSRC), *cpp_extension.include_paths()]
+            extension.library_dirs += cpp_extension.library_paths()
+            extension.libraries += ["c10", "torch_cpu"]
+            extension.extra_compile_args = {"cxx": CXX_FLAGS, "nvcc": []}
             facts = {
                 "version": self.distribution.get_version(),
                 "torch_version": torch.__version__,
                 "torch_cuda_version": torch.version.cuda,
-                "cuda_version": toolkit and toolkit.version,
+                "cuda_version": None,
                 "architectures": [],
                 "kernels": [],
                 "dtypes": [],
                 "head_dims": [],
             }
-            extension.library_dirs += cpp_extension.library_paths()
-            extension.include_dirs += [str(ROOT / CSRC), *cpp_extension.include_paths()]
-            extension.libraries += ["c10", "torch_cpu"]
-            # Compiled for OpenMP, not linked to it: torch brings the one runtime that both must share.
-            compile_args = {"cxx": [*CXX_FLAGS, "-fopenmp"], "nvcc": []}
-            sources = [*CSRC.glob("*.cpp"), *CSRC.glob("cpu/*.cpp")]
             if toolkit is None:
-                announce_cpu_only(torch)
-                sources.remove(CSRC / "cuda_backend.cpp")
-            else:
-                sources.remove(CSRC / "cuda_backend_absent.cpp")
-                selection = instances.Selection.from_environment(os.environ)
-                codes = toolchain.architectures(toolchain.find_gpus(), os.environ)
-                facts |= {
-                    "architectures": codes,
-                    "kernels": list(instances.KERNELS),
-                    "dtypes": list(selection.dtypes),
-                    "head_dims": list(selection.head_dims),
-                }
-                sources = [*instances.write_sources(selection, Path("build/instances")), *sources]
-                cpp_extension.CUDA_HOME = str(toolkit.home)
-                extension.include_dirs.append(str(toolkit.home / "include"))
-                extension.libraries.append("c10_cuda")
-                extension.extra_link_args.append(str(toolkit.runtime_library()))
-                extension.define_macros += selection.macros()
-                compile_args["nvcc"] = [*toolchain.NVCC_FLAGS, *toolchain.gencode_flags(codes)]
-            extension.sources = [str(source) for source in sources]
-            extension.extra_compile_args = compile_args
-            self.facts = facts
+                extension.sources.remove("csrc/cuda_backend.cpp")
+                announce_cpu_only(torch.__version__)
+                return facts
+            extension.sources.remove("csrc/cuda_backend_absent.cpp")
+            return facts | self.configure_cuda(extension, toolkit, toolchain.architectures(gpus, os.environ))
+
+        def configure_cuda(self, extension, toolkit, codes):
+            selection = instances.Selection.from_environment(os.environ)
+            units = instances.write_sources(selection, Path("build/instances"))
+            extension.sources = [*(str(unit) for unit in units), *extension.sources]
+            extension.define_macros += selection.macros()
+            extension.include_dirs.append(str(toolkit.home / "include"))
+            extension.libraries.append("c10_cuda")
+            extension.extra_link_args.append(str(toolkit.runtime_library()))
+            extension.extra_compile_args["nvcc"] = [*toolchain.NVCC_FLAGS, *toolchain.gencode_flags(codes)]
+            cpp_extension.CUDA_HOME = str(toolkit.home)
+            return {
+                "cuda_version": toolkit.version,
+                "architectures": codes,
+                "kernels": list(instances.KERNELS),
+                "dtypes": list(selection.dtypes),
+                "head_dims": list(selection.head_dims),
+            }
 
     return BuildFlashExt
 
 
-def announce_cpu_only(torch):
+def announce_cpu_only(torch_version):
     line = "=" * 98
     print(
-        f"{line}\nflash_ext: CPU-ONLY BUILD for torch {torch.__version__}. It will not use any GPU.\n{line}",
+        f"{line}\nflash_ext: CPU-ONLY BUILD for torch {torch_version}. It will not use any GPU.\n{line}",
         file=sys.stderr,
         flush=True,
     )
