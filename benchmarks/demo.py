@@ -13,7 +13,7 @@ from benchmarks.baselines import BASELINES
 from benchmarks.cases import PASSES, AttentionCase
 from benchmarks.comparison import compare
 from benchmarks.plots import plot_speedups
-from benchmarks.timing import DeviceLost, Plan
+from benchmarks.timing import Plan
 
 SMALL_SHAPES = ((1, 256), (2, 512), (4, 1024))  # (batch, seqlen), one head of 64
 
@@ -51,7 +51,7 @@ def main():
     introduce(screen, device)
     baselines.use_full_fp32()
 
-    cases, results, lost = demo_cases(device), [], None
+    cases, results, failure = demo_cases(device), [], None
     names = [name for name, baseline in BASELINES.items() if device.type in baseline.devices]
     deadline = time.monotonic() + options.budget_seconds
     with tables.progress_bar(screen) as progress:
@@ -62,8 +62,8 @@ def main():
             plan = Plan(rounds=11, slot_ms=5.0, limit_ms=2000.0, max_seconds=share / 2)
             try:
                 rows = compare(case, names, PASSES, device, plan, with_memory=True)
-            except DeviceLost as error:
-                lost = error
+            except RuntimeError as error:  # the device is lost, or cannot hold the inputs
+                failure = error
                 break
             results.append((case.label(), rows))
             progress.advance(task)
@@ -72,8 +72,8 @@ def main():
     folder = options.output_dir or record.results_dir(device)
     if results:
         save(screen, device, folder, results)
-    if lost:
-        screen.print(f"[bold red]The GPU stopped answering:[/] {lost}")
+    if failure:
+        screen.print(f"Ended early: {failure}", style="bold red", markup=False)
         return 1
     return 0
 

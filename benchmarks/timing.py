@@ -81,18 +81,23 @@ def attempt(action, device):
         return result, None
     except Exception as error:  # a failing implementation becomes a row, whatever it raised
         text = error_text(error)
-    try:
-        synchronize(device)
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    except Exception as error:
-        raise DeviceLost(text) from error
+    settle(device, text)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
     return None, text
 
 
 def synchronize(device):
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def settle(device, text=None):
+    """Wait for the device; an error that shows up only now is not one that a process survives."""
+    try:
+        synchronize(device)
+    except Exception as error:
+        raise DeviceLost(text or error_text(error)) from error
 
 
 def time_contenders(contenders, device, plan):
@@ -171,7 +176,7 @@ class _Slot:
         if self.is_cuda:
             # The estimate holds launch gaps that a graph has not: measure again.
             begin, end = self._timed(1)
-            torch.cuda.synchronize(device)
+            settle(device)
             per_run = begin.elapsed_time(end)
         self.repeats = max(1, round(plan.slot_ms / max(per_run, 1e-4)))
         self.lead_in = -(-self.repeats // 4) if per_run < plan.slot_ms else 0
@@ -212,10 +217,7 @@ def _run_rounds(slots, device, plan):
                 pending[key] = slots[key].measure()
             except Exception as error:  # out of memory beside the others, for one
                 errors[key] = error_text(error)
-        try:
-            synchronize(device)
-        except Exception as error:
-            raise DeviceLost(error_text(error)) from error
+        settle(device)
         if round_idx > 0:
             for key, elapsed in pending.items():
                 slots[key].times.append(elapsed())
