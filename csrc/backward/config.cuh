@@ -31,7 +31,7 @@ template <int kElementBytes, int kHeadDim>
 struct KVTileShape;
 template <>
 struct KVTileShape<2, 64>
-    : KVShape<128, 128, 8, 2, WarpGrid<4, 2>, WarpGrid<4, 2>, WarpGrid<4, 2>> {};
+    : KVShape<64, 64, 4, 2, WarpGrid<2, 2>, WarpGrid<2, 2>, WarpGrid<2, 2>> {};
 template <>
 struct KVTileShape<2, 128>
     : KVShape<64, 128, 8, 2, WarpGrid<2, 4>, WarpGrid<4, 2>, WarpGrid<2, 4>> {};
@@ -39,7 +39,7 @@ template <>
 struct KVTileShape<2, 256>
     : KVShape<64, 64, 8, 1, WarpGrid<4, 2>, WarpGrid<2, 4>, WarpGrid<2, 4>> {};
 template <>
-struct KVTileShape<4, 64> : KVShape<64, 64, 4, 1, WarpGrid<2, 2>, WarpGrid<2, 2>, WarpGrid<2, 2>> {};
+struct KVTileShape<4, 64> : KVShape<32, 64, 4, 1, WarpGrid<2, 2>, WarpGrid<2, 2>, WarpGrid<2, 2>> {};
 template <>
 struct KVTileShape<4, 128>
     : KVShape<32, 64, 8, 1, WarpGrid<2, 4>, WarpGrid<4, 2>, WarpGrid<2, 4>> {};

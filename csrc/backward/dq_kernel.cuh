@@ -96,10 +96,11 @@ __global__ void __launch_bounds__(Config::kNumThreads)
     }
   }
 
-  const float row_sum[1][2] = {{acc_row_sum[0], acc_row_sum[2]}};
+  const float* row_sum = p.dq_row_sum + stats + lane_idx / 4;  // -dL
+  const float row_sum_error[1][2] = {{row_sum[0] + acc_row_sum[0], row_sum[8] + acc_row_sum[2]}};
   const float* key_mean =
       p.key_mean + (static_cast<int64_t>(batch_idx) * p.heads_kv + kv_head_idx) * kHeadDim;
-  correct_and_scale_dq(acc_dq, row_sum, key_mean, p.softmax_scale, lane_idx % 4 * 2);
+  correct_and_scale_dq(acc_dq, row_sum_error, key_mean, p.softmax_scale, lane_idx % 4 * 2);
   __syncwarp();  // a warp overwrites its own rows of Q only
   sm80::store_accumulator(smem.q, acc_dq, warp_row0, 0, lane_idx);
   __syncthreads();

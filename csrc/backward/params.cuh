@@ -23,7 +23,7 @@ struct KernelParams {
   // Sections of the workspace, see BackwardWorkspace.
   float* lse_log2;
   float* delta;
-  float* dq_row_sum;
+  float* dq_row_sum;  // rowsum(dS) - dL, the rounding error of the row
   float* key_mean;
   float* dq_accum;
 
@@ -88,12 +88,12 @@ __device__ __forceinline__ void compute_ds(float (&acc_dp)[kM][kN][4], const flo
   }
 }
 
-// The last step of dQ = scale * (dS K - rowsum(dS) mean(K)^T). Exactly, every row of dS sums to zero;
-// rounded, it does not, and the remainder times a large mean of K is an error of 10 to 50% in dQ on
-// biased keys. Any vector near the mean removes it.
+// The last step of dQ = scale * (dS K - (rowsum(dS) - dL) mean(K)^T). Exactly, a row of dS sums to dL, the
+// gradient of its log-sum-exp; rounded, it does not, and the remainder times a large mean of K is an
+// error of 10 to 50% in dQ on biased keys. Any vector near the mean removes it.
 template <int kM, int kN>
 __device__ __forceinline__ void correct_and_scale_dq(float (&acc_dq)[kM][kN][4],
-                                                     const float (&row_sum)[kM][2],
+                                                     const float (&row_sum_error)[kM][2],
                                                      const float* key_mean, float softmax_scale,
                                                      int col0) {
 #pragma unroll
@@ -104,8 +104,8 @@ __device__ __forceinline__ void correct_and_scale_dq(float (&acc_dq)[kM][kN][4],
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         float* dq = &acc_dq[m][n][2 * half];
-        dq[0] = softmax_scale * (dq[0] - row_sum[m][half] * mean.x);
-        dq[1] = softmax_scale * (dq[1] - row_sum[m][half] * mean.y);
+        dq[0] = softmax_scale * (dq[0] - row_sum_error[m][half] * mean.x);
+        dq[1] = softmax_scale * (dq[1] - row_sum_error[m][half] * mean.y);
       }
     }
   }

@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(Config::kNumThreads)
   const int64_t tile_row = static_cast<int64_t>(batch_head) * p.padded_seqlen_q + m0;
 
   float acc_dq[Dq::kM][Dq::kN][4];
-  float row_sum[Dq::kM][2];
+  float row_sum_error[Dq::kM][2];
   const float* accum = p.dq_accum + tile_row * kHeadDim;
 #pragma unroll
   for (int m = 0; m < Dq::kM; ++m) {
@@ -40,11 +40,11 @@ __global__ void __launch_bounds__(Config::kNumThreads)
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      row_sum[m][half] = p.dq_row_sum[tile_row + dq.row0 + 16 * m + 8 * half + lane_idx / 4];
+      row_sum_error[m][half] = p.dq_row_sum[tile_row + dq.row0 + 16 * m + 8 * half + lane_idx / 4];
     }
   }
   const int64_t kv_head = static_cast<int64_t>(batch_idx) * p.heads_kv + head_idx / p.group_size;
-  correct_and_scale_dq(acc_dq, row_sum, p.key_mean + kv_head * kHeadDim, p.softmax_scale,
+  correct_and_scale_dq(acc_dq, row_sum_error, p.key_mean + kv_head * kHeadDim, p.softmax_scale,
                        dq.col0 + lane_idx % 4 * 2);
   sm80::store_accumulator(tile, acc_dq, dq.row0, dq.col0, lane_idx);
   __syncthreads();

@@ -53,9 +53,11 @@ __global__ void __launch_bounds__(kPreprocessThreads)
   }
   if (col == 0) {
     const int64_t i = batch_head * p.mask.seqlen_q + row;
-    p.delta[padded_row] = is_row ? sum - (p.dlse != nullptr ? p.dlse[i] : 0.f) : 0.f;
-    p.lse_log2[padded_row] = backward_lse_log2(is_row ? p.lse[i] : -INFINITY);
-    p.dq_row_sum[padded_row] = 0.f;
+    const float lse = is_row ? p.lse[i] : -INFINITY;
+    const float dlse = is_row && p.dlse != nullptr && lse != -INFINITY ? p.dlse[i] : 0.f;
+    p.delta[padded_row] = sum - dlse;
+    p.lse_log2[padded_row] = backward_lse_log2(lse);
+    p.dq_row_sum[padded_row] = -dlse;  // what every row of dS sums to when nothing is rounded
   }
   if (p.dq_accum != nullptr) {
     float4* accum = reinterpret_cast<float4*>(p.dq_accum + padded_row * kHeadDim + col);

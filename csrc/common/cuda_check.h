@@ -32,15 +32,6 @@ inline unsigned grid_size(int64_t num_blocks, const AttentionShape& shape) {
   return static_cast<unsigned>(num_blocks);
 }
 
-inline int num_multiprocessors(const AttentionShape& shape) {
-  int device = 0;
-  int count = 0;
-  check_cuda(cudaGetDevice(&device), "cudaGetDevice", shape);
-  check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
-             "cudaDeviceGetAttribute", shape);
-  return count;
-}
-
 // Launches `kernel` with more than the default 48 KB of shared memory where it needs it.
 template <typename Params>
 void launch_kernel(void (*kernel)(Params), int64_t num_blocks, int num_threads, int smem_bytes,

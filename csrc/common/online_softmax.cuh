@@ -77,6 +77,8 @@ struct OnlineSoftmax {
   template <int kN, int kNO>
   __device__ __forceinline__ void update(float (&acc_s)[kM][kN][4], float (&acc_o)[kM][kNO][4],
                                          float scale_log2) {
+    float rescale[kM][2];
+    bool max_moved = false;
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
 #pragma unroll
@@ -90,9 +92,10 @@ struct OnlineSoftmax {
         // Both maxima are scaled and rounded before they are subtracted, exactly as in the exponents
         // below: at logits of 1e5 the rounding alone would otherwise be a factor of 1.005.
         const float max_log2 = guarded_max(new_max) * scale_log2;
-        const float rescale = ptx::exp2_approx(row_max[m][half] * scale_log2 - max_log2);
+        rescale[m][half] = ptx::exp2_approx(row_max[m][half] * scale_log2 - max_log2);
+        max_moved |= new_max > row_max[m][half];
         row_max[m][half] = new_max;
-        float sum = row_sum[m][half] * rescale;
+        float sum = row_sum[m][half] * rescale[m][half];
 #pragma unroll
         for (int n = 0; n < kN; ++n) {
 #pragma unroll
@@ -103,13 +106,32 @@ struct OnlineSoftmax {
           }
         }
         row_sum[m][half] = sum;
-#pragma unroll
-        for (int n = 0; n < kNO; ++n) {
-          acc_o[m][n][2 * half] *= rescale;
-          acc_o[m][n][2 * half + 1] *= rescale;
-        }
       }
     }
+    // Multiplying by 1 changes nothing, so a warp none of whose rows met a new maximum does not.
+    if (!__any_sync(0xffffffffu, max_moved)) return;
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+#pragma unroll
+      for (int n = 0; n < kNO; ++n) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) acc_o[m][n][i] *= rescale[m][i / 2];
+      }
+    }
+  }
+
+  // Takes in another walk over other keys of the same row: its maximum and this thread's share of its
+  // sum. Returns the factors of this walk's and of the other's acc_o.
+  __device__ __forceinline__ float2 join_row(int m, int half, float other_max, float other_sum,
+                                             float scale_log2) {
+    const float new_max = fmaxf(row_max[m][half], other_max);
+    const float max_log2 = guarded_max(new_max) * scale_log2;
+    const float2 rescale =
+        make_float2(ptx::exp2_approx(row_max[m][half] * scale_log2 - max_log2),
+                    ptx::exp2_approx(other_max * scale_log2 - max_log2));
+    row_max[m][half] = new_max;
+    row_sum[m][half] = row_sum[m][half] * rescale.x + other_sum * rescale.y;
+    return rescale;
   }
 
   // Joins the quad's sums, divides acc_o by them and leaves the log-sum-exp in row_max.

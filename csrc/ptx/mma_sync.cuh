@@ -44,11 +44,4 @@ __device__ __forceinline__ void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// Round to nearest with 10 explicit mantissa bits; the tensor core itself would truncate.
-__device__ __forceinline__ uint32_t cvt_rna_tf32(float x) {
-  uint32_t d;
-  asm("cvt.rna.tf32.f32 %0, %1;\n" : "=r"(d) : "f"(x));
-  return d;
-}
-
 }  // namespace flash_ext::ptx

@@ -52,6 +52,14 @@ struct TileThread {
   }
 };
 
+// The same value, of which the compiler knows nothing. Addresses derived from it are computed where they
+// are used instead of being held in registers across a loop, where the accumulators need the room:
+// without it the head_dim 128 forward spills 68 bytes.
+__device__ __forceinline__ int opaque(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // Starts the copy of rows [row0, row0 + kRows) that lie below `row_end`. With aligned rows it is
 // asynchronous: cp_async_commit_group() and a wait must follow. Otherwise it is complete, for this
 // thread, on return.
@@ -60,25 +68,26 @@ __device__ __forceinline__ void load_tile(Tile& tile, const GmemRows<typename Ti
                                           int row0, int row_end, int thread_idx) {
   using Element = typename Tile::Element;
   using Thread = TileThread<Tile, kNumThreads>;
-  const Thread thread(thread_idx);
+  const Thread thread(opaque(thread_idx));
   if (gmem.aligned16) {
     const uint32_t dst = ptx::smem_addr(tile.data);
-    // A chunk that is not read still needs an address inside the tensor: its row's first element.
-    const Element* src = gmem.data + (row0 + thread.row) * gmem.row_stride;
-    int rows_left = row_end - row0 - thread.row;
+    const Element* src = gmem.data + (row0 + thread.row) * gmem.row_stride + thread.col;
+    int piece_bytes[Thread::kPieces];
+#pragma unroll
+    for (int piece = 0; piece < Thread::kPieces; ++piece) {
+      const int left = gmem.num_cols - thread.col - piece * Thread::kPieceCols;
+      piece_bytes[piece] = min(max(left, 0), Tile::kChunk) * static_cast<int>(sizeof(Element));
+    }
 #pragma unroll
     for (int pass = 0; pass < Thread::kPasses; ++pass) {
-      const Element* row = rows_left > 0 ? src : gmem.data;
+      const bool inside = row0 + thread.row + pass * Thread::kRowsPerPass < row_end;
 #pragma unroll
       for (int piece = 0; piece < Thread::kPieces; ++piece) {
-        const int col = thread.col + piece * Thread::kPieceCols;
-        const int left = rows_left > 0 ? gmem.num_cols - col : 0;
-        const int count = min(max(left, 0), Tile::kChunk);
-        ptx::cp_async_16B_zfill(dst + thread.offset(pass, piece), row + (left > 0 ? col : 0),
-                                count * static_cast<int>(sizeof(Element)));
+        // Of 0 bytes nothing is read, so the address may lie outside the tensor.
+        ptx::cp_async_16B_zfill(dst + thread.offset(pass, piece), src + piece * Thread::kPieceCols,
+                                inside ? piece_bytes[piece] : 0);
       }
       src += Thread::kRowsPerPass * gmem.row_stride;
-      rows_left -= Thread::kRowsPerPass;
     }
     return;
   }

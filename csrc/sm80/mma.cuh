@@ -13,6 +13,7 @@ namespace flash_ext::sm80 {
 template <typename Element>
 struct Mma {
   static constexpr int kK = 16;
+  static constexpr int kUnroll = 16;  // k-steps: all of them
   struct FragmentA {
     uint32_t x[4];
   };
@@ -46,6 +47,8 @@ struct Mma {
 template <>
 struct Mma<float> {
   static constexpr int kK = 8;
+  // One swizzle period. More, and ptxas keeps so many split operands in flight that it spills.
+  static constexpr int kUnroll = 4;
   struct FragmentA {
     uint32_t hi[4], lo[4];
   };
@@ -53,10 +56,12 @@ struct Mma<float> {
     uint32_t hi[2], lo[2];
   };
 
+  // The tensor core reads the upper 19 bits of an operand, 10 of them mantissa, and ignores the rest. hi
+  // is what it sees of x, lo the exact remainder plus half a unit of its own last place: rounded, that
+  // is. (cvt.rna.tf32 would do as well but is nine instructions on sm_90.)
   static __device__ __forceinline__ void split(uint32_t bits, uint32_t& hi, uint32_t& lo) {
-    const float x = __uint_as_float(bits);
-    hi = ptx::cvt_rna_tf32(x);
-    lo = ptx::cvt_rna_tf32(x - __uint_as_float(hi));
+    hi = bits & 0xffffe000u;
+    lo = __float_as_uint(__uint_as_float(bits) - __uint_as_float(hi)) + 0x1000u;
   }
 
   static __device__ __forceinline__ FragmentA make_a(const uint32_t (&r)[4]) {
@@ -76,9 +81,14 @@ struct Mma<float> {
   }
 
   static __device__ __forceinline__ void mma(float (&d)[4], const FragmentA& a, const FragmentB& b) {
-    ptx::mma_m16n8k8_tf32(d, a.lo, b.hi[0], b.hi[1]);
-    ptx::mma_m16n8k8_tf32(d, a.hi, b.lo[0], b.lo[1]);
-    ptx::mma_m16n8k8_tf32(d, a.hi, b.hi[0], b.hi[1]);
+    // The tensor core truncates its sums, so a k-step is summed from zero and added with rounding: the
+    // long sum would otherwise drift by 2^-24 of itself a step.
+    float step[4] = {0.f, 0.f, 0.f, 0.f};
+    ptx::mma_m16n8k8_tf32(step, a.lo, b.hi[0], b.hi[1]);
+    ptx::mma_m16n8k8_tf32(step, a.hi, b.lo[0], b.lo[1]);
+    ptx::mma_m16n8k8_tf32(step, a.hi, b.hi[0], b.hi[1]);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) d[i] += step[i];
   }
 
   // The accumulator holds columns 2t, 2t+1 where the operand wants k = t, t+4. The order of k is free

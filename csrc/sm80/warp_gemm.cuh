@@ -20,7 +20,7 @@ template <int kKSteps, int kM, int kN, typename A, typename B>
 __device__ __forceinline__ void warp_gemm(float (&acc)[kM][kN][4], const A& a_operand,
                                           const B& b_operand) {
   using M = typename A::M;
-#pragma unroll
+#pragma unroll M::kUnroll
   for (int k = 0; k < kKSteps; ++k) {
     typename M::FragmentA a[kM];
 #pragma unroll

@@ -49,9 +49,10 @@ struct State {
 // Line 2.
 template <typename Config>
 __device__ __forceinline__ void initialize(const State& state, int seqlen_q, int thread_idx) {
-  for (int64_t i = thread_idx; i < static_cast<int64_t>(seqlen_q) * Config::kHeadDim;
+  float4* o = reinterpret_cast<float4*>(state.o);
+  for (int64_t i = thread_idx; i < static_cast<int64_t>(seqlen_q) * (Config::kHeadDim / 4);
        i += Config::kNumThreads) {
-    state.o[i] = 0.f;
+    o[i] = make_float4(0.f, 0.f, 0.f, 0.f);
   }
   for (int row = thread_idx; row < seqlen_q; row += Config::kNumThreads) {
     state.l[row] = 0.f;
@@ -104,14 +105,26 @@ __device__ __forceinline__ void softmax_block(typename Config::SharedStorage& sm
   }
 }
 
-// Lines 11 and 13, one thread a row, and the two factors of line 12, which take the place of warp 0's
-// maximum and sum.
+// Line 8 for l and m: one thread a row, early, so that the trip to memory is over when lines 11 to 13
+// need them.
 template <typename Config>
-__device__ __forceinline__ void update_row_stats(typename Config::SharedStorage& smem,
-                                                 const State& state, int m0, int seqlen_q,
-                                                 float scale_log2, int thread_idx) {
-  for (int row = thread_idx; row < Config::kBlockM && m0 + row < seqlen_q;
-       row += Config::kNumThreads) {
+struct RowState {
+  static_assert(Config::kBlockM <= Config::kNumThreads, "one thread a row");
+  int row;  // of the tile; kBlockM for threads without one
+  float old_max;
+  float old_sum;
+
+  __device__ __forceinline__ RowState(const State& state, int m0, int seqlen_q, int thread_idx)
+      : row(thread_idx < Config::kBlockM && m0 + thread_idx < seqlen_q ? thread_idx : Config::kBlockM) {
+    if (row == Config::kBlockM) return;
+    old_max = state.m[m0 + row];
+    old_sum = state.l[m0 + row];
+  }
+
+  // Lines 11 and 13, and the two factors of line 12, which take the place of warp 0's maximum and sum.
+  __device__ __forceinline__ void update(typename Config::SharedStorage& smem, const State& state,
+                                         int m0, float scale_log2) const {
+    if (row == Config::kBlockM) return;
     float block_max = smem.partial_max[0][row];
     float block_sum = smem.partial_sum[0][row];
 #pragma unroll
@@ -119,59 +132,88 @@ __device__ __forceinline__ void update_row_stats(typename Config::SharedStorage&
       block_max = fmaxf(block_max, smem.partial_max[w][row]);
       block_sum += smem.partial_sum[w][row];
     }
-    const float old_max = state.m[m0 + row];
     const float new_max = fmaxf(old_max, block_max);
     const float new_max_log2 = guarded_max(new_max) * scale_log2;
-    const float old_sum = ptx::exp2_approx(old_max * scale_log2 - new_max_log2) * state.l[m0 + row];
+    const float rescaled_sum = ptx::exp2_approx(old_max * scale_log2 - new_max_log2) * old_sum;
     const float block_factor = ptx::exp2_approx(block_max * scale_log2 - new_max_log2);
-    const float new_sum = old_sum + block_factor * block_sum;
+    const float new_sum = rescaled_sum + block_factor * block_sum;
     const float inverse = inverse_sum(new_sum);
-    smem.partial_max[0][row] = old_sum * inverse;
+    smem.partial_max[0][row] = rescaled_sum * inverse;
     smem.partial_sum[0][row] = block_factor * inverse;
     state.l[m0 + row] = new_sum;
     state.m[m0 + row] = new_max;
   }
-}
+};
 
-// Line 12 for kJoinRows rows of the tile from row0: joins the warps' products and updates O in HBM.
+// kJoinRows rows of O_i, from row0 of the tile, as float4s spread over the thread block. A thread holds
+// few of them at a time: the warp's product of the same rows takes up to half of its registers.
 template <typename Config>
-__device__ __forceinline__ void update_output(typename Config::SharedStorage& smem,
-                                              const State& state, int m0, int row0, int seqlen_q,
-                                              int thread_idx) {
-  constexpr int kVectors = Config::kHeadDim / 4;
-#pragma unroll
-  for (int i = 0; i < Config::kJoinRows * kVectors / Config::kNumThreads; ++i) {
-    const int row = (thread_idx + i * Config::kNumThreads) / kVectors;
-    const int col = (thread_idx + i * Config::kNumThreads) % kVectors * 4;
-    const int q_row = m0 + row0 + row;
-    if (q_row >= seqlen_q) continue;
-    float4 pv = *reinterpret_cast<const float4*>(&smem.partial_o[0][row][col]);
-#pragma unroll
-    for (int w = 1; w < Config::kNumWarps; ++w) {
-      const float4 x = *reinterpret_cast<const float4*>(&smem.partial_o[w][row][col]);
-      pv = make_float4(pv.x + x.x, pv.y + x.y, pv.z + x.z, pv.w + x.w);
-    }
-    const float a = smem.partial_max[0][row0 + row];
-    const float b = smem.partial_sum[0][row0 + row];
-    float4* o = reinterpret_cast<float4*>(state.o + static_cast<int64_t>(q_row) * Config::kHeadDim + col);
-    const float4 old = *o;
-    *o = make_float4(a * old.x + b * pv.x, a * old.y + b * pv.y, a * old.z + b * pv.z,
-                     a * old.w + b * pv.w);
+struct OutputRows {
+  static constexpr int kRowVectors = Config::kHeadDim / 4;
+  static constexpr int kVectors = Config::kJoinRows * kRowVectors / Config::kNumThreads;
+  static constexpr int kHeld = kVectors < 4 ? kVectors : 4;
+
+  const State& state;
+  int m0, row0, seqlen_q, thread_idx;
+  float4 old[kHeld];
+
+  __device__ __forceinline__ int row(int i) const {
+    return row0 + (thread_idx + i * Config::kNumThreads) / kRowVectors;
   }
-}
+  __device__ __forceinline__ int col() const { return thread_idx % kRowVectors * 4; }
+  __device__ __forceinline__ float4* address(int i) const {
+    return reinterpret_cast<float4*>(state.o + static_cast<int64_t>(m0 + row(i)) * Config::kHeadDim +
+                                     col());
+  }
+
+  // Line 8 for O: starts reading the vectors from `first` on.
+  __device__ __forceinline__ void load(int first) {
+#pragma unroll
+    for (int i = 0; i < kHeld; ++i) {
+      if (m0 + row(first + i) < seqlen_q) old[i] = *address(first + i);
+    }
+  }
+
+  // Line 12: joins the warps' products and writes O back. The first vectors are already here.
+  __device__ __forceinline__ void update(const typename Config::SharedStorage& smem) {
+#pragma unroll
+    for (int first = 0; first < kVectors; first += kHeld) {
+      if (first > 0) load(first);
+#pragma unroll
+      for (int i = 0; i < kHeld; ++i) {
+        const int r = row(first + i);
+        if (m0 + r >= seqlen_q) continue;
+        float4 pv = make_float4(0.f, 0.f, 0.f, 0.f);
+#pragma unroll
+        for (int w = 0; w < Config::kNumWarps; ++w) {
+          const float4 x = *reinterpret_cast<const float4*>(&smem.partial_o[w][r - row0][col()]);
+          pv = make_float4(pv.x + x.x, pv.y + x.y, pv.z + x.z, pv.w + x.w);
+        }
+        const float a = smem.partial_max[0][r];
+        const float b = smem.partial_sum[0][r];
+        *address(first + i) = make_float4(a * old[i].x + b * pv.x, a * old[i].y + b * pv.y,
+                                          a * old[i].z + b * pv.z, a * old[i].w + b * pv.w);
+      }
+    }
+  }
+};
 
 // Leaves O in the tensor's type and L = m + log l.
 template <typename Config>
 __device__ __forceinline__ void finish(const State& state,
                                        const sm80::GmemRows<typename Config::Element>& out, float* lse,
                                        int seqlen_q, float scale_log2, int thread_idx) {
-  constexpr int kHeadDim = Config::kHeadDim;
-  for (int64_t i = thread_idx; i < static_cast<int64_t>(seqlen_q) * kHeadDim;
-       i += Config::kNumThreads) {
-    const int64_t row = i / kHeadDim;
-    const int col = static_cast<int>(i % kHeadDim);
-    if (col < out.num_cols) {
-      out.data[row * out.row_stride + col] = from_float<typename Config::Element>(state.o[i]);
+  constexpr int kRowVectors = Config::kHeadDim / 4;
+  const int col = thread_idx % kRowVectors * 4;
+#pragma unroll 8
+  for (int row = thread_idx / kRowVectors; row < seqlen_q; row += Config::kNumThreads / kRowVectors) {
+    const float4 o = *reinterpret_cast<const float4*>(
+        state.o + static_cast<int64_t>(row) * Config::kHeadDim + col);
+    const float values[4] = {o.x, o.y, o.z, o.w};
+    auto* to = out.data + row * out.row_stride + col;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (col + i < out.num_cols) to[i] = from_float<typename Config::Element>(values[i]);
     }
   }
   for (int row = thread_idx; row < seqlen_q; row += Config::kNumThreads) {
@@ -226,6 +268,7 @@ __global__ void __launch_bounds__(Config::kNumThreads)
       ptx::cp_async_wait_group<0>();
       __syncthreads();  // Q_i has arrived; the previous step's shared memory is done with
       if (m_block + 1 < blocks.end) load_q(m_block + 1);
+      const RowState<Config> rows(state, m0, seqlen_q, thread_idx);
 
       float acc_s[kBlockM / 16][Config::kWarpCols / 8][4];
       sm80::clear(acc_s);
@@ -238,6 +281,8 @@ __global__ void __launch_bounds__(Config::kNumThreads)
       softmax_block<Config>(smem, acc_s, p.scale.log2, warp_idx, lane_idx);
 #pragma unroll
       for (int m = 0; m < kBlockM / 16; m += kJoinM) {
+        OutputRows<Config> output{state, m0, 16 * m, seqlen_q, thread_idx};
+        output.load(0);
         float acc_o[kJoinM][kHeadDim / 8][4];
         sm80::clear(acc_o);
         sm80::warp_gemm_acc<Element>(
@@ -257,10 +302,10 @@ __global__ void __launch_bounds__(Config::kNumThreads)
         }
         __syncthreads();  // the warps' products, maxima and sums are complete
         if (m == 0) {
-          update_row_stats<Config>(smem, state, m0, seqlen_q, p.scale.log2, thread_idx);
+          rows.update(smem, state, m0, p.scale.log2);
           __syncthreads();
         }
-        update_output<Config>(smem, state, m0, 16 * m, seqlen_q, thread_idx);
+        output.update(smem);
         if (m + kJoinM < kBlockM / 16) __syncthreads();  // partial_o is read
       }
     }

@@ -5,40 +5,45 @@
 
 namespace flash_ext::v2 {
 
-// How many thread blocks a launch has to hand out decides how tall they are.
+// How many thread blocks one sequence yields decides their shape. One sequence, not the batch: a row's
+// bits must not depend on its batch-mates.
 enum class Grid {
-  kFull,   // enough Q tiles for every multiprocessor
-  kSmall,  // too few: half-height tiles, twice as many thread blocks
+  kFull,
+  kSmall,  // too few to fill the GPU: smaller tiles, and several warps to a row
 };
 
-template <int kBlockM_, int kBlockN_, int kNumWarps_>
+// The warps of a thread block split the query rows. With more than one key group they also split the
+// keys of every block, each group with a softmax of its own, joined once at the end.
+template <int kBlockM_, int kBlockN_, int kKeyGroups_ = 1>
 struct Shape {
   static constexpr int kBlockM = kBlockM_;
   static constexpr int kBlockN = kBlockN_;
-  static constexpr int kNumWarps = kNumWarps_;
+  static constexpr int kKeyGroups = kKeyGroups_;
 };
 
-// 16-bit elements. 32 query rows a warp let every K and V fragment serve two row tiles, which halves
-// the shared-memory traffic; at head_dim 256 the accumulator leaves room for 16.
-// kBlockN is the same for both grids: a row's bits then do not depend on the size of its batch.
+// 16-bit elements, full grid: 32 query rows a warp let every K and V fragment serve two row tiles,
+// which halves the shared-memory traffic; at head_dim 256 the accumulator leaves room for 16.
+// H200, bf16, batch x heads x seqlen 2x32x8192, d=64, against torch's flash: 128x128 1.05, 128x64 0.92.
+// 2x16x8192, d=128: 128x64 1.02, 128x32 0.91, 64x64 0.89. 2x8x8192, d=256: 64x64 0.97, 128x64 0.86.
 template <int kElementBytes, int kHeadDim, Grid kGrid>
 struct TileShape;
 template <>
-struct TileShape<2, 64, Grid::kFull> : Shape<128, 64, 4> {};
+struct TileShape<2, 64, Grid::kFull> : Shape<128, 128> {};
 template <>
-struct TileShape<2, 64, Grid::kSmall> : Shape<64, 64, 4> {};
+struct TileShape<2, 64, Grid::kSmall> : Shape<64, 256, 4> {};
 template <>
-struct TileShape<2, 128, Grid::kFull> : Shape<128, 64, 4> {};
+struct TileShape<2, 128, Grid::kFull> : Shape<128, 64> {};
 template <>
-struct TileShape<2, 128, Grid::kSmall> : Shape<64, 64, 4> {};
+struct TileShape<2, 128, Grid::kSmall> : Shape<64, 128, 2> {};
 template <Grid kGrid>
-struct TileShape<2, 256, kGrid> : Shape<64, 64, 4> {};
+struct TileShape<2, 256, kGrid> : Shape<64, 64> {};
 
-// fp32: operands are twice as wide and split in two TF32 halves, so 16 rows a warp.
+// fp32: a product is three tensor-core instructions and a dozen others, a long chain for one warp, so
+// the keys are always shared between warps.
 template <Grid kGrid>
-struct TileShape<4, 64, kGrid> : Shape<64, 64, 4> {};
+struct TileShape<4, 64, kGrid> : Shape<64, 128, 4> {};
 template <Grid kGrid>
-struct TileShape<4, 128, kGrid> : Shape<64, 32, 4> {};
+struct TileShape<4, 128, kGrid> : Shape<64, 64, 2> {};
 template <Grid kGrid>
 struct TileShape<4, 256, kGrid> : Shape<32, 32, 2> {};
 
@@ -47,19 +52,24 @@ struct Config : TileShape<sizeof(Element_), kHeadDim_, kGrid> {
   using Element = Element_;
   using Base = TileShape<sizeof(Element), kHeadDim_, kGrid>;
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr int kNumThreads = Base::kNumWarps * 32;
-  static constexpr int kWarpRows = Base::kBlockM / Base::kNumWarps;
-  static_assert(kWarpRows % 16 == 0, "a warp owns whole 16-row tiles");
+  static constexpr int kWarpRows = Base::kBlockM == 128 ? 32 : 16;
+  static constexpr int kWarpKeys = Base::kBlockN / Base::kKeyGroups;
+  static constexpr int kRowWarps = Base::kBlockM / kWarpRows;
+  static constexpr int kNumWarps = kRowWarps * Base::kKeyGroups;
+  static constexpr int kNumThreads = kNumWarps * 32;
 
   using QTile = sm80::SmemTile<Element, Base::kBlockM, kHeadDim>;
   using KVTile = sm80::SmemTile<Element, Base::kBlockN, kHeadDim>;
 
   struct SharedStorage {
-    QTile q;  // holds the output tile at the end
-    KVTile k, v;
+    QTile q;      // the output tile at the end
+    KVTile k, v;  // the other key groups' accumulators at the end
   };
   // sm_86 and sm_89 give a thread block no more.
   static_assert(sizeof(SharedStorage) <= 99 * 1024, "fits every multiprocessor from sm_80 on");
+  static_assert(sizeof(float) * (Base::kKeyGroups - 1) * Base::kBlockM * (kHeadDim + 8) <=
+                    2 * sizeof(KVTile),
+                "the join of the key groups fits where K and V were");
 };
 
 }  // namespace flash_ext::v2

@@ -1,14 +1,15 @@
 // v2 forward: Algorithm 1 of FlashAttention-2 (Dao 2023, arXiv 2307.08691) on mma.sync.
 //
 // One thread block owns a tile of query rows and walks over the K/V blocks; each warp owns whole rows,
-// so no warp ever needs another's maximum or sum.
+// so no warp needs another's maximum or sum on the way.
 //   1. load Q, start K_0
 //   2. for every visible K/V block j:
 //   3.   S = Q K_j^T             meanwhile V_j arrives
 //   4.   mask S if the block lies on an edge
 //   5.   m, l, P = online softmax; O rescaled, never normalised
 //   6.   O += P V_j              meanwhile K_j+1 arrives
-//   7. O / l, L = m + log l; O leaves through shared memory in 16-byte stores
+//   7. where the warps share the keys: join their O, m and l
+//   8. O / l, L = m + log l; O leaves through shared memory in 16-byte stores
 #pragma once
 
 #include "common/block_range.h"
@@ -31,41 +32,113 @@ struct KernelParams {
   int num_m_blocks;
 };
 
-// Every warp's state while it walks over K/V.
+// A warp's place in the tile and its state on the walk over K/V.
 template <typename Config>
-struct ForwardTile {
+struct WarpTile {
   using Element = typename Config::Element;
+  using KVTile = typename Config::KVTile;
   static constexpr int kM = Config::kWarpRows / 16;
-  static constexpr int kNS = Config::kBlockN / 8;
+  static constexpr int kNS = Config::kWarpKeys / 8;
   static constexpr int kNO = Config::kHeadDim / 8;
   static constexpr int kStepsD = Config::kHeadDim / sm80::Mma<Element>::kK;
 
+  int lane_idx;
+  int row0;       // this warp's first row of the tile
+  int key_group;  // 0 unless the warps share the keys
   float acc_o[kM][kNO][4];
   OnlineSoftmax<kM> softmax;
 
-  // Steps 3 to 6 for the block at key n0.
+  __device__ __forceinline__ explicit WarpTile(int thread_idx)
+      : lane_idx(thread_idx % 32),
+        row0(thread_idx / 32 % Config::kRowWarps * Config::kWarpRows),
+        key_group(thread_idx / 32 / Config::kRowWarps) {
+    sm80::clear(acc_o);
+  }
+
+  // Steps 3 to 6 for the K/V block at key n0 and the query tile at row m0.
   template <typename LoadV, typename LoadK>
   __device__ __forceinline__ void step(typename Config::SharedStorage& smem, const KernelParams& p,
-                                       int warp_row0, int tile_row0, int n0, int lane_idx,
-                                       LoadV load_v, LoadK load_next_k) {
+                                       int m0, int n0, LoadV load_v, LoadK load_next_k) {
+    const int key0 = key_group * Config::kWarpKeys;
     ptx::cp_async_wait_group<0>();
     __syncthreads();  // K has arrived; nobody reads the previous V any more
     load_v();
     float acc_s[kM][kNS][4];
     sm80::clear(acc_s);
-    sm80::warp_gemm<kStepsD>(acc_s, sm80::KMajorA(smem.q, warp_row0, lane_idx),
-                             sm80::KMajorB(smem.k, 0, lane_idx));
+    sm80::warp_gemm<kStepsD>(acc_s, sm80::KMajorA(smem.q, row0, lane_idx),
+                             sm80::KMajorB(smem.k, key0, lane_idx));
     ptx::cp_async_wait_group<0>();
     __syncthreads();  // V has arrived; nobody reads K any more
     load_next_k();
     p.scale.apply_sign(acc_s);
-    if (!block_is_full(p.mask, tile_row0, n0, Config::kBlockN)) {
-      apply_mask(acc_s, p.mask, tile_row0 + warp_row0 + lane_idx / 4, n0 + lane_idx % 4 * 2);
+    if (!block_is_full(p.mask, m0, n0, Config::kBlockN)) {
+      apply_mask(acc_s, p.mask, m0 + row0 + lane_idx / 4, n0 + key0 + lane_idx % 4 * 2);
     }
     softmax.update(acc_s, acc_o, p.scale.log2);
     sm80::warp_gemm_acc<Element>(
         acc_o, acc_s,
-        sm80::MNMajorB<typename Config::KVTile, sm80::KOrder::kAccumulator>(smem.v, 0, lane_idx));
+        sm80::MNMajorB<KVTile, sm80::KOrder::kAccumulator>(smem.v, 0, lane_idx, key0));
+  }
+
+  // Step 7: group 0 takes over what the others have summed. They leave it in the order of their
+  // threads, which is group 0's too.
+  __device__ __forceinline__ void join_key_groups(typename Config::SharedStorage& smem,
+                                                  float scale_log2) {
+    constexpr int kGroupThreads = Config::kRowWarps * 32;
+    constexpr int kVectors = kM * kNO + kM;  // O, then m and l
+    auto* shared = reinterpret_cast<float4*>(smem.k.bytes()) + row0 / Config::kWarpRows * 32 + lane_idx;
+    __syncthreads();  // nobody reads K and V any more
+    if (key_group > 0) {
+      float4* to = shared + (key_group - 1) * kVectors * kGroupThreads;
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+#pragma unroll
+        for (int n = 0; n < kNO; ++n) {
+          const float(&o)[4] = acc_o[m][n];
+          to[(m * kNO + n) * kGroupThreads] = make_float4(o[0], o[1], o[2], o[3]);
+        }
+        to[(kM * kNO + m) * kGroupThreads] =
+            make_float4(softmax.row_max[m][0], softmax.row_max[m][1], softmax.row_sum[m][0],
+                        softmax.row_sum[m][1]);
+      }
+    }
+    __syncthreads();
+    if (key_group > 0) return;
+#pragma unroll 1
+    for (int group = 1; group < Config::kKeyGroups; ++group) {
+      const float4* from = shared + (group - 1) * kVectors * kGroupThreads;
+#pragma unroll
+      for (int m = 0; m < kM; ++m) {
+        const float4 stats = from[(kM * kNO + m) * kGroupThreads];
+        const float2 rescale0 = softmax.join_row(m, 0, stats.x, stats.z, scale_log2);
+        const float2 rescale1 = softmax.join_row(m, 1, stats.y, stats.w, scale_log2);
+#pragma unroll
+        for (int n = 0; n < kNO; ++n) {
+          const float4 o = from[(m * kNO + n) * kGroupThreads];
+          float(&acc)[4] = acc_o[m][n];
+          acc[0] = acc[0] * rescale0.x + o.x * rescale0.y;
+          acc[1] = acc[1] * rescale0.x + o.y * rescale0.y;
+          acc[2] = acc[2] * rescale1.x + o.z * rescale1.y;
+          acc[3] = acc[3] * rescale1.x + o.w * rescale1.y;
+        }
+      }
+    }
+  }
+
+  // Step 8: L to memory, O to shared memory in Q's place; each warp overwrites only its own rows.
+  __device__ __forceinline__ void finish(typename Config::SharedStorage& smem, float* lse, int m0,
+                                         int seqlen_q, float scale_log2) {
+    softmax.finalize(acc_o, scale_log2);
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = m0 + row0 + 16 * m + 8 * half + lane_idx / 4;
+        if (lane_idx % 4 == 0 && row < seqlen_q) lse[row] = softmax.row_max[m][half];
+      }
+    }
+    __syncwarp();
+    sm80::store_accumulator(smem.q, acc_o, row0, 0, lane_idx);
   }
 };
 
@@ -73,7 +146,6 @@ template <typename Config>
 __global__ void __launch_bounds__(Config::kNumThreads)
     forward_kernel(const __grid_constant__ KernelParams p) {
   using Element = typename Config::Element;
-  using Tile = ForwardTile<Config>;
   constexpr int kBlockM = Config::kBlockM;
   constexpr int kBlockN = Config::kBlockN;
   constexpr int kNumThreads = Config::kNumThreads;
@@ -81,8 +153,6 @@ __global__ void __launch_bounds__(Config::kNumThreads)
   auto& smem = *reinterpret_cast<typename Config::SharedStorage*>(smem_bytes);
 
   const int thread_idx = threadIdx.x;
-  const int lane_idx = thread_idx % 32;
-  const int warp_row0 = thread_idx / 32 * Config::kWarpRows;
   // Causal tiles grow with the row: the longest start first, so that no long one starts last.
   const int m_block = p.num_m_blocks - 1 - static_cast<int>(blockIdx.x % p.num_m_blocks);
   const int batch_head = blockIdx.x / p.num_m_blocks;
@@ -93,11 +163,8 @@ __global__ void __launch_bounds__(Config::kNumThreads)
   const int seqlen_q = p.mask.seqlen_q;
   const int seqlen_k = p.mask.seqlen_k;
 
-  const auto q_gmem = sm80::gmem_rows<Element>(p.q, batch_idx, head_idx, p.head_dim);
   const auto k_gmem = sm80::gmem_rows<Element>(p.k, batch_idx, kv_head_idx, p.head_dim);
   const auto v_gmem = sm80::gmem_rows<Element>(p.v, batch_idx, kv_head_idx, p.head_dim);
-
-  const BlockRange blocks = key_blocks(p.mask, m0, kBlockM, kBlockN);
   auto load_k = [&](int n_block) {
     sm80::load_tile<kNumThreads>(smem.k, k_gmem, n_block * kBlockN, seqlen_k, thread_idx);
     ptx::cp_async_commit_group();
@@ -107,35 +174,25 @@ __global__ void __launch_bounds__(Config::kNumThreads)
     ptx::cp_async_commit_group();
   };
 
-  Tile tile;
-  sm80::clear(tile.acc_o);
+  WarpTile<Config> warp(thread_idx);
+  const BlockRange blocks = key_blocks(p.mask, m0, kBlockM, kBlockN);
   if (blocks.begin < blocks.end) {
-    sm80::load_tile<kNumThreads>(smem.q, q_gmem, m0, seqlen_q, thread_idx);
+    sm80::load_tile<kNumThreads>(smem.q,
+                                 sm80::gmem_rows<Element>(p.q, batch_idx, head_idx, p.head_dim), m0,
+                                 seqlen_q, thread_idx);
     load_k(blocks.begin);
     for (int n_block = blocks.begin; n_block < blocks.end; ++n_block) {
-      tile.step(
-          smem, p, warp_row0, m0, n_block * kBlockN, lane_idx, [&] { load_v(n_block); },
+      warp.step(
+          smem, p, m0, n_block * kBlockN, [&] { load_v(n_block); },
           [&] {
             if (n_block + 1 < blocks.end) load_k(n_block + 1);
           });
     }
   }
-  tile.softmax.finalize(tile.acc_o, p.scale.log2);
-
-  // L, written by the first thread of each quad.
-  float* lse = p.lse + static_cast<int64_t>(batch_head) * seqlen_q;
-#pragma unroll
-  for (int m = 0; m < Tile::kM; ++m) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = m0 + warp_row0 + 16 * m + 8 * half + lane_idx / 4;
-      if (lane_idx % 4 == 0 && row < seqlen_q) lse[row] = tile.softmax.row_max[m][half];
-    }
+  if constexpr (Config::kKeyGroups > 1) warp.join_key_groups(smem, p.scale.log2);
+  if (warp.key_group == 0) {
+    warp.finish(smem, p.lse + static_cast<int64_t>(batch_head) * seqlen_q, m0, seqlen_q, p.scale.log2);
   }
-
-  // O reuses Q's rows; each warp overwrites only its own.
-  __syncwarp();
-  sm80::store_accumulator(smem.q, tile.acc_o, warp_row0, 0, lane_idx);
   __syncthreads();
   sm80::store_tile<kNumThreads>(sm80::gmem_rows<Element>(p.out, batch_idx, head_idx, p.head_dim),
                                 smem.q, m0, seqlen_q, thread_idx);

@@ -13,14 +13,17 @@ int num_m_blocks(const AttentionShape& shape) {
   return static_cast<int>((shape.seqlen_q + Config::kBlockM - 1) / Config::kBlockM);
 }
 
-// Calls `visit` with the configuration for this many query tiles on this device.
+// A sequence of at most this many tall tiles cannot fill a GPU on its own.
+inline constexpr int kSmallGridTiles = 16;
+
+// Calls `visit` with the configuration for sequences of this length and number of heads.
 template <typename Element, int kHeadDim, typename Visit>
 auto with_config(const ForwardParams& params, Visit visit) {
   using Full = Config<Element, kHeadDim, Grid::kFull>;
   using Small = Config<Element, kHeadDim, Grid::kSmall>;
-  if constexpr (Full::kBlockM != Small::kBlockM) {
+  if constexpr (Full::kNumWarps != Small::kNumWarps) {
     const AttentionShape& s = params.shape;
-    if (s.batch * s.heads_q * num_m_blocks<Full>(s) < num_multiprocessors(s)) return visit(Small{});
+    if (s.heads_q * num_m_blocks<Full>(s) <= kSmallGridTiles) return visit(Small{});
   }
   return visit(Full{});
 }
