@@ -6,13 +6,13 @@
 //       dS = P * (dO V^T - D);       dK += scale * dS^T Q
 //   for each batch, head and Q tile (in parallel):               dQ
 //     for each K/V block: P, dS as above, transposed;  dQ += scale * dS K
-// Two passes recompute P twice, 7 products instead of 5, but every gradient is summed by one thread in
-// a fixed order, any number of heads keeps all threads busy, and a gradient nobody asked for costs
-// nothing.
+// Two passes recompute P twice, 7 products instead of 5, but every gradient is summed by one thread
+// in a fixed order, any number of heads keeps all threads busy, and a gradient nobody asked for
+// costs nothing.
 //
-// dQ is corrected for keys with a large mean. Exactly, the rows of dS sum to dL; computed, they miss it
-// by the rounding of `out` in D, and that error e enters dQ as e * mean(K), which can be far larger
-// than dQ itself. So e, which is rowsum(dS) - dL, times mean(K) is taken off again.
+// dQ is corrected for keys with a large mean. Exactly, the rows of dS sum to dL; computed, they
+// miss it by the rounding of `out` in D, and that error e enters dQ as e * mean(K), which can be
+// far larger than dQ itself. So e, which is rowsum(dS) - dL, times mean(K) is taken off again.
 #include <ATen/Parallel.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
@@ -98,7 +98,8 @@ class Backward {
     });
   }
 
-  // One tile of keys against all queries that see it. Lanes are keys: S = Q K^T has one row per query.
+  // One tile of keys against all queries that see it. Lanes are keys: S = Q K^T has one row per
+  // query.
   void compute_dk_dv() const {
     const bool needs_dk = params_.dk.data != nullptr;
     const bool needs_dv = params_.dv.data != nullptr;
@@ -127,8 +128,8 @@ class Backward {
             load(params_.q, batch_idx, head_idx, row0, rows, q);
             load(params_.dout, batch_idx, head_idx, row0, rows, dout);
 
-            ops_.gemm_nn(rows, lanes, head_dim_, scale_, q.data(), q.ld, k_t.data(), k_t.ld,
-                         false, p.data(), p.ld);
+            ops_.gemm_nn(rows, lanes, head_dim_, scale_, q.data(), q.ld, k_t.data(), k_t.ld, false,
+                         p.data(), p.ld);
             if (!block_is_full(mask_, row0, key0, keys)) {
               mask_scores(mask_, row0, rows, key0, keys, p.data(), p.ld, 1);
             }
@@ -147,13 +148,16 @@ class Backward {
             }
           }
         }
-        if (needs_dk) store_rows<Scalar>(params_.dk, batch_idx, kv_head_idx, key0, keys, head_dim_, dk);
-        if (needs_dv) store_rows<Scalar>(params_.dv, batch_idx, kv_head_idx, key0, keys, head_dim_, dv);
+        if (needs_dk)
+          store_rows<Scalar>(params_.dk, batch_idx, kv_head_idx, key0, keys, head_dim_, dk);
+        if (needs_dv)
+          store_rows<Scalar>(params_.dv, batch_idx, kv_head_idx, key0, keys, head_dim_, dv);
       }
     });
   }
 
-  // One tile of queries against all keys that it sees. Lanes are queries: S^T = K Q^T, as in forward.
+  // One tile of queries against all keys that it sees. Lanes are queries: S^T = K Q^T, as in
+  // forward.
   void compute_dq() const {
     const Tile<T> key_mean = compute_key_mean();
     const int64_t work = block_m_ * shape_.seqlen_k * head_dim_;
@@ -183,14 +187,14 @@ class Backward {
           load(params_.k, batch_idx, kv_head_idx, key0, keys, k);
           load(params_.v, batch_idx, kv_head_idx, key0, keys, v);
 
-          ops_.gemm_nn(keys, lanes, head_dim_, scale_, k.data(), k.ld, q_t.data(), q_t.ld,
-                       false, p_t.data(), p_t.ld);
+          ops_.gemm_nn(keys, lanes, head_dim_, scale_, k.data(), k.ld, q_t.data(), q_t.ld, false,
+                       p_t.data(), p_t.ld);
           if (!block_is_full(mask_, row0, key0, keys)) {
             mask_scores(mask_, row0, rows, key0, keys, p_t.data(), 1, p_t.ld);
           }
           ops_.probabilities_per_lane(keys, lanes, p_t.data(), p_t.ld, lse.data());
-          ops_.gemm_nn(keys, lanes, head_dim_, T{1}, v.data(), v.ld, dout_t.data(), dout_t.ld, false,
-                       ds_t.data(), ds_t.ld);
+          ops_.gemm_nn(keys, lanes, head_dim_, T{1}, v.data(), v.ld, dout_t.data(), dout_t.ld,
+                       false, ds_t.data(), ds_t.ld);
           ops_.score_gradients_per_lane(keys, lanes, p_t.data(), ds_t.data(), ds_t.ld,
                                         delta.data());
           ops_.add_lane_sums(keys, lanes, ds_t.data(), ds_t.ld, ds_sum.data());
@@ -202,7 +206,8 @@ class Backward {
         for (int r = 0; r < rows; ++r) {
           const bool is_empty = lse[r] == INFINITY;
           const T error = is_empty ? T{0} : ds_sum[r] - dlse(row_idx + r);
-          for (int c = 0; c < head_dim_; ++c) dq.row(r)[c] = scale_ * (dq.row(r)[c] - error * mean[c]);
+          for (int c = 0; c < head_dim_; ++c)
+            dq.row(r)[c] = scale_ * (dq.row(r)[c] - error * mean[c]);
         }
         store_rows<Scalar>(params_.dq, batch_idx, head_idx, row0, rows, head_dim_, dq);
       }
@@ -222,8 +227,8 @@ class Backward {
         for (int key0 = 0; key0 < mask_.seqlen_k; key0 += block_n_) {
           const int keys = std::min(block_n_, mask_.seqlen_k - key0);
           load(params_.k, i / shape_.heads_kv, i % shape_.heads_kv, key0, keys, k);
-          ops_.gemm_tn(1, static_cast<int>(k.ld), keys, T{1}, weight.data(), 1, k.data(), k.ld, true,
-                       mean.row(i), mean.ld);
+          ops_.gemm_tn(1, static_cast<int>(k.ld), keys, T{1}, weight.data(), 1, k.data(), k.ld,
+                       true, mean.row(i), mean.ld);
         }
       }
     });
@@ -239,7 +244,7 @@ class Backward {
   const int block_m_, block_n_;
   const T scale_;
   const TileList query_tiles_, key_tiles_;
-  Lanes<T> lse_;  // L, but +inf for a row with no visible key
+  Lanes<T> lse_;    // L, but +inf for a row with no visible key
   Lanes<T> delta_;  // D
 };
 

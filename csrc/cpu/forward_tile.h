@@ -95,8 +95,8 @@ class ForwardTile {
   Lanes<T> shift_, rescale_, block_sum_;
 };
 
-// O / l. A division and not a product with 1 / l: it makes out exactly 1 where V is 1, l being the sum
-// that P V then is. A row with no visible key has O = l = 0 and keeps its 0.
+// O / l. A division and not a product with 1 / l: it makes out exactly 1 where V is 1, l being the
+// sum that P V then is. A row with no visible key has O = l = 0 and keeps its 0.
 template <typename T>
 void divide_row(T* o, int head_dim, T row_sum) {
   if (row_sum == T{0}) return;
@@ -108,8 +108,8 @@ template <typename T>
 void store_lse(const ForwardParams& params, int64_t batch_idx, int64_t head_idx, int row0, int rows,
                const T* row_max, const T* row_sum) {
   const AttentionShape& shape = params.shape;
-  T* lse = static_cast<T*>(params.lse) +
-           (batch_idx * shape.heads_q + head_idx) * shape.seqlen_q + row0;
+  T* lse =
+      static_cast<T*>(params.lse) + (batch_idx * shape.heads_q + head_idx) * shape.seqlen_q + row0;
   for (int i = 0; i < rows; ++i) lse[i] = log_sum_exp(row_max[i], row_sum[i]);
 }
 

@@ -1,9 +1,9 @@
 // Tile-sized matrix products. Part of tile_ops_impl.h.
 //
-// The micro-kernel keeps kRows x kVecs vectors of C in registers and walks the whole depth: per step it
-// loads kVecs vectors of B and multiplies them by kRows broadcast elements of A. Each element of C is
-// one chain of multiply-adds in the order of the depth, whatever the tile, so q . k has the same bits
-// in the forward and in both backward passes.
+// The micro-kernel keeps kRows x kVecs vectors of C in registers and walks the whole depth: per
+// step it loads kVecs vectors of B and multiplies them by kRows broadcast elements of A. Each
+// element of C is one chain of multiply-adds in the order of the depth, whatever the tile, so q . k
+// has the same bits in the forward and in both backward passes.
 #pragma once
 
 #include "cpu/simd.h"
@@ -50,8 +50,8 @@ void column_panel(int rows, int depth, T alpha, const T* a, int64_t lda, const T
   }
   if constexpr (kRows > 1) {
     if (rows > 0) {
-      column_panel<T, kTransposedA, kRows - 1, kVecs>(rows, depth, alpha, a, lda, b, ldb, accumulate,
-                                                      c, ldc);
+      column_panel<T, kTransposedA, kRows - 1, kVecs>(rows, depth, alpha, a, lda, b, ldb,
+                                                      accumulate, c, ldc);
     }
   }
 }
@@ -66,8 +66,8 @@ void column_panels(int vecs, int rows, int depth, T alpha, const T* a, int64_t l
   }
   if constexpr (kVecs > 1) {
     if (vecs > 0) {
-      column_panels<T, kTransposedA, kVecs - 1>(vecs, rows, depth, alpha, a, lda, b, ldb, accumulate,
-                                                c, ldc);
+      column_panels<T, kTransposedA, kVecs - 1>(vecs, rows, depth, alpha, a, lda, b, ldb,
+                                                accumulate, c, ldc);
     }
   }
 }

@@ -57,8 +57,8 @@ inline Vec<T> broadcast(T x) {
   return Vec<T>{} + x;
 }
 
-// The coefficients 1 / k! of exp(r). For |r| <= ln(2) / 2 the first term left out is less than a tenth
-// of the last bit.
+// The coefficients 1 / k! of exp(r). For |r| <= ln(2) / 2 the first term left out is less than a
+// tenth of the last bit.
 template <typename T>
 struct ExpSeries {
   T coefficient[Simd<T>::kExpDegree + 1];
@@ -72,8 +72,9 @@ struct ExpSeries {
   }
 };
 
-// exp(x): with n = round(x / ln 2) and r = x - n ln 2, the series for exp(r) and n added to the exponent.
-// Below the smallest normal number the result is 0; above the largest power of two it stays there.
+// exp(x): with n = round(x / ln 2) and r = x - n ln 2, the series for exp(r) and n added to the
+// exponent. Below the smallest normal number the result is 0; above the largest power of two it
+// stays there.
 template <typename T>
 inline Vec<T> exp(Vec<T> x) {
   using S = Simd<T>;

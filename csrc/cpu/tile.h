@@ -76,9 +76,9 @@ void store_rows(const TensorView& view, int64_t batch_idx, int64_t head_idx, int
   }
 }
 
-// The blocks of `block` rows of all (batch, head) pairs, numbered for at::parallel_for. Threads take
-// contiguous ranges of these numbers; within a head the blocks alternate between the first and the
-// last ones, so that under a causal mask every range holds cheap and expensive blocks.
+// The blocks of `block` rows of all (batch, head) pairs, numbered for at::parallel_for. Threads
+// take contiguous ranges of these numbers; within a head the blocks alternate between the first and
+// the last ones, so that under a causal mask every range holds cheap and expensive blocks.
 struct TileList {
   int64_t batch;
   int64_t heads;
@@ -106,8 +106,8 @@ struct TileList {
   }
 };
 
-// How many items a thread takes at least, for items of `work` multiply-adds each: waking a thread
-// costs some ten microseconds.
+// How many items a thread takes at least, for items of `work` multiply-adds each: below that,
+// waking a thread costs more than it saves.
 inline int64_t parallel_grain(int64_t work) {
   constexpr int64_t kMinWork = 1 << 18;
   return work >= kMinWork ? 1 : kMinWork / (work + 1);

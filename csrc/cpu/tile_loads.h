@@ -1,4 +1,5 @@
-// Loads of strided rows into tiles, with conversion to the accumulation type. Part of tile_ops_impl.h.
+// Loads of strided rows into tiles, with conversion to the accumulation type. Part of
+// tile_ops_impl.h.
 #pragma once
 
 #include "cpu/simd.h"
@@ -22,8 +23,9 @@ inline Vec<float> load_lanes(const c10::BFloat16* src) {
   return (Vec<float>)(load_bits16(src) << 16);
 }
 
-// Moves exponent and mantissa to where float has them and corrects the exponent's bias by a product,
-// which normalises subnormal numbers as well; only infinity and NaN need the largest exponent set.
+// Moves exponent and mantissa to where float has them and corrects the exponent's bias by a
+// product, which normalises subnormal numbers as well; only infinity and NaN need the largest
+// exponent set.
 inline Vec<float> load_lanes(const c10::Half* src) {
   using Int = Simd<float>::Int;
   constexpr float kBias = 0x1p112f;  // 2^(127 - 15)

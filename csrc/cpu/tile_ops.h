@@ -3,8 +3,9 @@
 // themselves are compiled once and the library runs on machines other than the one that built it.
 //
 // A tile is row-major in memory that the kernels own: its row stride `ld` is a multiple of
-// kTileAlignment bytes, so vector loops run over whole vectors and never need a remainder. A row of a
-// tile that holds scores has one "lane" per query (S^T) or per key (S), whichever the caller owns.
+// kTileAlignment bytes, so vector loops run over whole vectors and never need a remainder. A row of
+// a tile that holds scores has one "lane" per query (S^T) or per key (S), whichever the caller
+// owns.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -60,8 +61,8 @@ struct TileOps {
 
 template <typename Scalar>
 struct TileLoads {
-  // Converts `rows` x `cols` elements into a tile, or into its transpose; the rest of each row of the
-  // tile, up to `ld`, becomes 0. `src` is read at these elements and nowhere else.
+  // Converts `rows` x `cols` elements into a tile, or into its transpose; the rest of each row of
+  // the tile, up to `ld`, becomes 0. `src` is read at these elements and nowhere else.
   using Load = void (*)(int rows, int cols, const Scalar* src, int64_t row_stride,
                         Accum<Scalar>* tile, int64_t ld);
   Load load;

@@ -1,12 +1,11 @@
-// The tile operations for AVX2 and FMA: 16 registers of 8 floats: 12 hold C, 2 a row of B.
+// The tile operations for AVX2 and FMA. Of the 16 registers of 8 floats 12 hold C and 2 a row of B.
 #ifdef __x86_64__
 
 #include "cpu/tile_ops.h"
 
 // After the includes above, so that nothing of theirs is compiled for this instruction set.
 #ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), \
-                             apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
 #else
 #pragma GCC target("avx2,fma")
 #endif

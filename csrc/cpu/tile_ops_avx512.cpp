@@ -1,12 +1,12 @@
-// The tile operations for AVX-512: 32 registers of 16 floats: 24 hold C, 4 a row of B.
+// The tile operations for AVX-512. Of the 32 registers of 16 floats 24 hold C and 4 a row of B.
 #ifdef __x86_64__
 
 #include "cpu/tile_ops.h"
 
 // After the includes above, so that nothing of theirs is compiled for this instruction set.
 #ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), \
-                             apply_to = function)
+#pragma clang attribute push( \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma"))), apply_to = function)
 #else
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")
 #endif

@@ -116,8 +116,8 @@ constexpr TileOps<T> make_tile_ops() {
 
 extern const TileTables tables;
 const TileTables tables = {
-    make_tile_ops<float>(),        make_tile_ops<double>(),         make_tile_loads<float>(),
-    make_tile_loads<double>(),     make_tile_loads<c10::Half>(),    make_tile_loads<c10::BFloat16>(),
+    make_tile_ops<float>(),    make_tile_ops<double>(),      make_tile_loads<float>(),
+    make_tile_loads<double>(), make_tile_loads<c10::Half>(), make_tile_loads<c10::BFloat16>(),
 };
 
 }  // namespace flash_ext::cpu::FLASH_CPU_ISA
