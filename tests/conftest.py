@@ -10,6 +10,9 @@ MISSING = "needs "  # every skip for lack of hardware starts with this
 
 
 def pytest_configure(config):
+    # The tensors are tiny: a second thread costs more than it saves, above all beside other programs.
+    # Tests of threading ask for more.
+    torch.set_num_threads(1)
     config.addinivalue_line("markers", "gpus(count): runs on a machine with at least so many NVIDIA GPUs")
     config.addinivalue_line("markers", "gpu_memory(gib): needs so much free memory on the GPU")
 
@@ -42,7 +45,7 @@ def seed(request):
 
 def pytest_report_header():
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return f"torch {torch.__version__}, {torch.get_num_threads()} threads, GPUs: {', '.join(gpus) or 'none'}"
+    return f"torch {torch.__version__}, GPUs: {', '.join(gpus) or 'none'}"
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -102,8 +102,10 @@ class ErrorModel:
 
         # rowsum(dS) is known, so the mean of the keys can be taken out of dQ's error. The reference does no
         # such thing, and in fp64 its error counts as much as the kernel's.
-        centred = self.k - (self.k.mean(2, keepdim=True) if seqlen_k else 0.0)
-        dq_variance = self._accumulation(ds2 @ k2, seqlen_k)
+        centred = self.k - self.k.sum(2, keepdim=True) / max(1, seqlen_k)
+        rowsum_variance = ds_variance.sum(-1, keepdim=True) + delta_variance
+        dq_variance = self._accumulation((ds2 + ds_variance + p2 * delta_variance) @ k2, seqlen_k)
+        dq_variance += rowsum_variance * self._accumulation(k2.sum(2, keepdim=True), seqlen_k)
         for keys in (centred, self.k) if self.dtype == torch.float64 else (centred,):
             dq_variance += ds_variance @ keys.square() + delta_variance * (self.p @ keys).square()
         dk_variance = (ds_variance + p2 * delta_variance).mT @ q2

@@ -15,9 +15,7 @@ class Shape:
     head_dim: int = 32
 
     def __str__(self):
-        return (
-            f"b{self.batch}-h{self.heads}/{self.heads_kv}-q{self.seqlen_q}-k{self.seqlen_k}-d{self.head_dim}"
-        )
+        return f"b{self.batch}-h{self.heads}/{self.heads_kv}-q{self.seqlen_q}-k{self.seqlen_k}-d{self.head_dim}"
 
     @property
     def q(self):

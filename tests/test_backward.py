@@ -230,7 +230,7 @@ def test_double_backward_says_what_is_missing(device):
     leaves = [x.requires_grad_() for x in make_qkv_dout(Shape(), torch.float32, device)[:3]]
     out, _ = forward(*leaves)
     (dq,) = torch.autograd.grad(out.square().sum(), leaves[:1], create_graph=True)
-    with pytest.raises(RuntimeError, match=r"(?i)twice|second|double"):
+    with pytest.raises(RuntimeError, match=r"not differentiable"):
         torch.autograd.grad(dq.sum(), leaves)
 
 
