@@ -4,6 +4,11 @@
 //
 // Results do not depend on the number of threads: each output tile is computed by one thread, in an
 // order fixed by the shape alone.
+//
+// Scratch, in elements of the accumulation type (float, double for double), rows rounded up to 64
+// bytes: a few tiles per thread, of block_m x head_dim, block_n x head_dim and block_m x block_n;
+//   forward_v1   seqlen_q * (head_dim + 2) per thread
+//   backward     2 * batch * heads_q * seqlen_q + batch * heads_kv * head_dim
 #pragma once
 
 #include "params.h"

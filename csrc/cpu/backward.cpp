@@ -98,8 +98,7 @@ class Backward {
     });
   }
 
-  // One tile of keys against all queries that see it. Lanes are keys: S = Q K^T has one row per
-  // query.
+  // One tile of keys against all queries that see it. Lanes are keys: S = Q K^T, a row per query.
   void compute_dk_dv() const {
     const bool needs_dk = params_.dk.data != nullptr;
     const bool needs_dv = params_.dv.data != nullptr;
@@ -148,16 +147,17 @@ class Backward {
             }
           }
         }
-        if (needs_dk)
+        if (needs_dk) {
           store_rows<Scalar>(params_.dk, batch_idx, kv_head_idx, key0, keys, head_dim_, dk);
-        if (needs_dv)
+        }
+        if (needs_dv) {
           store_rows<Scalar>(params_.dv, batch_idx, kv_head_idx, key0, keys, head_dim_, dv);
+        }
       }
     });
   }
 
-  // One tile of queries against all keys that it sees. Lanes are queries: S^T = K Q^T, as in
-  // forward.
+  // One tile of queries against all keys that it sees. Lanes are queries: S^T, as in the forward.
   void compute_dq() const {
     const Tile<T> key_mean = compute_key_mean();
     const int64_t work = block_m_ * shape_.seqlen_k * head_dim_;
@@ -206,8 +206,8 @@ class Backward {
         for (int r = 0; r < rows; ++r) {
           const bool is_empty = lse[r] == INFINITY;
           const T error = is_empty ? T{0} : ds_sum[r] - dlse(row_idx + r);
-          for (int c = 0; c < head_dim_; ++c)
-            dq.row(r)[c] = scale_ * (dq.row(r)[c] - error * mean[c]);
+          T* dq_row = dq.row(r);
+          for (int c = 0; c < head_dim_; ++c) dq_row[c] = scale_ * (dq_row[c] - error * mean[c]);
         }
         store_rows<Scalar>(params_.dq, batch_idx, head_idx, row0, rows, head_dim_, dq);
       }
