@@ -71,15 +71,18 @@ inline void check_same_shape(const Argument& arg, const Argument& like) {
               like.tensor.sym_sizes(), " like ", like.name, ", got ", arg.tensor.sym_sizes());
 }
 
+// Limits hold for sizes that are known. One that is still a symbol while torch.export traces must
+// not be narrowed by them; it is checked when the graph runs.
 inline void check_head_dim(const Argument& arg) {
-  const auto head_dim = arg.tensor.sym_size(3);
-  TORCH_CHECK(head_dim >= 1 && head_dim <= kMaxHeadDim, arg, " must have head_dim 1 to ",
-              kMaxHeadDim, ", got ", head_dim);
+  const auto head_dim = arg.tensor.sym_size(3).maybe_as_int();
+  TORCH_CHECK(!head_dim || (*head_dim >= 1 && *head_dim <= kMaxHeadDim), arg,
+              " must have head_dim 1 to ", kMaxHeadDim, ", got ", *head_dim);
 }
 
 inline void check_seqlen(const Argument& arg) {
-  TORCH_CHECK(arg.tensor.sym_size(2) <= kMaxSeqlen, arg, " must have seqlen at most ", kMaxSeqlen,
-              ", got ", arg.tensor.sym_size(2));
+  const auto seqlen = arg.tensor.sym_size(2).maybe_as_int();
+  TORCH_CHECK(!seqlen || *seqlen <= kMaxSeqlen, arg, " must have seqlen at most ", kMaxSeqlen,
+              ", got ", *seqlen);
 }
 
 inline void check_heads_divide(const Argument& kv, const Argument& q) {

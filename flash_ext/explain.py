@@ -52,7 +52,11 @@ def explain(q, k, v, *, causal=False, scale=None, algorithm="auto"):
     mode = causal_mode(causal)
     if q.dim() == 3:
         q, k, v = q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)
-    # The Meta kernel applies every rule that does not depend on the device.
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.device != q.device or x.device.type not in ("cpu", "cuda"):
+            where = "the CPU or a CUDA device" if name == "q" else f"{q.device} like q"
+            raise RuntimeError(f"flash_ext.explain: {name} must be on {where}, got {x.device}")
+    # The Meta kernel applies every other rule.
     on_meta = (torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta") for x in (q, k, v))
     torch.ops.flash_ext.forward(*on_meta, scale, mode, algorithm)
 
