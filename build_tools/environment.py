@@ -7,6 +7,7 @@
 
 import importlib.metadata
 import os
+import shutil
 import subprocess
 import sys
 import venv
@@ -66,6 +67,8 @@ def check(*extras):
     missing = []
     for requirement in requirements(*extras):
         name = requirement.partition(">")[0].partition("=")[0]
+        if name == "ninja" and shutil.which("ninja"):
+            continue  # a program, wherever it comes from
         try:
             importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
