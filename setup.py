@@ -83,7 +83,8 @@ def build_command():
             selection = instances.Selection.from_environment(os.environ)
             units = instances.write_sources(selection, Path("build/instances"))
             extension.sources = [*(str(unit) for unit in units), *extension.sources]
-            extension.define_macros += selection.macros()
+            # For the dispatcher alone: nvcc would split such a macro at its commas.
+            extension.extra_compile_args["cxx"] = [*CXX_FLAGS, *(f"-D{name}={value}" for name, value in selection.macros())]
             extension.include_dirs.append(str(toolkit.home / "include"))
             extension.libraries.append("c10_cuda")
             extension.extra_link_args.append(str(toolkit.runtime_library()))
