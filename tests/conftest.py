@@ -9,6 +9,10 @@ DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 MISSING = "needs "  # every skip for lack of hardware starts with this
 
 
+def pytest_addoption(parser):
+    parser.addoption("--fuzz-cases", type=int, default=500, help="random cases per device (test_fuzz.py)")
+
+
 def pytest_configure(config):
     # The tensors are tiny: a second thread costs more than it saves, above all beside other programs.
     # Tests of threading ask for more.
@@ -20,6 +24,8 @@ def pytest_configure(config):
 def pytest_generate_tests(metafunc):
     if "device" in metafunc.fixturenames:
         metafunc.parametrize("device", DEVICES)
+    if "fuzz_seed" in metafunc.fixturenames:
+        metafunc.parametrize("fuzz_seed", range(metafunc.config.getoption("fuzz_cases")))
 
 
 def pytest_runtest_setup(item):

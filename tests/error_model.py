@@ -50,7 +50,9 @@ class ErrorModel:
 
     def __post_init__(self):
         self.dtype = self.q.dtype
-        self.eps = torch.finfo(torch.float64 if self.dtype == torch.float64 else torch.float32).eps
+        computed_in = torch.finfo(torch.float64 if self.dtype == torch.float64 else torch.float32)
+        self.eps = computed_in.eps
+        self.underflow = max(computed_in.tiny, 1e-150) ** 2  # smaller numbers may become 0
         self.heads_kv = self.k.shape[1]
         heads, head_dim = self.q.shape[1], self.q.shape[3]
         q, k, v = self.q.double(), _heads_of(self.k, heads), _heads_of(self.v, heads)
@@ -60,9 +62,9 @@ class ErrorModel:
         lse = self.lse.masked_fill(self.lse == -math.inf, 0.0).unsqueeze(-1)
         self.p = torch.exp((scores - lse).masked_fill(~self.visible, -math.inf))
         # Relative error of P before it is rounded: the dot product, the rounding of exp's argument, exp.
-        dot = head_dim / 12 * self.scale**2 * (q.square() @ k.square().mT)
-        self.p_relative_variance = self.eps**2 * (dot + (scores.abs() + lse.abs()).square() + 4)
-        self.p_rounding = self._rounding(self.p)
+        dot = self._accumulation(self.scale**2 * (q.square() @ k.square().mT), scores, head_dim)
+        self.p_relative_variance = dot + self.eps**2 * ((scores.abs() + lse.abs()).square() + 4)
+        self.p_rounding = self._rounding(self.p) + self.underflow
 
     def _rounding(self, x):
         """Variance from rounding an operand of a matrix product; fp32 and fp64 are not rounded again."""
@@ -70,14 +72,18 @@ class ErrorModel:
             return self.eps**2 * x.square()
         return torch.where(x == 0, 0.0, rounding_variance(x, self.dtype))
 
-    def _accumulation(self, terms_squared, count):
-        """Variance of an fp32 sum of `count` terms."""
-        return self.eps**2 * (1 + count / 12) * terms_squared
+    def _accumulation(self, terms_squared, total, count):
+        """Variance of a sum of `count` terms: partial sums walk at random, and towards the total."""
+        return self.eps**2 * ((1 + count / 12) * terms_squared + count / 36 * total**2)
+
+    def lse_sigma(self):
+        """From the errors of the scores; rounding lse itself is not in it."""
+        return (self.p.square() * self.p_relative_variance).sum(-1).sqrt()
 
     def out_sigma(self):
         p2, v2 = self.p.square(), self.v.square()
         variance = rounding_variance(self.out, self.dtype) + self.p_rounding @ v2
-        variance += self._accumulation(p2 @ v2, self.k.shape[2])
+        variance += self._accumulation(p2 @ v2, self.out, self.k.shape[2])
         # Errors of the scores change numerator and row sum alike: only V - out counts.
         weight = self.p_relative_variance * p2
         out = self.out
@@ -91,27 +97,35 @@ class ErrorModel:
         seqlen_q, seqlen_k, head_dim = self.q.shape[2], self.k.shape[2], self.q.shape[3]
         dlse = 0.0 if dlse is None else dlse.double().unsqueeze(-1)
 
-        delta = (dout * self.out).sum(-1, keepdim=True) - dlse
-        ds = self.p * (dout @ self.v.mT - delta)
+        do_o = (dout * self.out).sum(-1, keepdim=True)
+        do_v = dout @ self.v.mT
+        dp = do_v - (do_o - dlse)
+        ds = self.p * dp
         ds2 = ds.square()
+        # delta is taken from the computed out, with all errors that it has.
         delta_variance = (do2 * rounding_variance(self.out, self.dtype)).sum(-1, keepdim=True)
-        delta_variance += self._accumulation((do2 * self.out.square()).sum(-1, keepdim=True), head_dim)
-        delta_variance += self.eps**2 * delta.square()
+        delta_variance += (self.p_rounding * do_v.square()).sum(-1, keepdim=True)
+        delta_variance += (self.p_relative_variance * ds2).sum(-1, keepdim=True)
+        delta_variance += self._accumulation(
+            (do2 * self.out.square()).sum(-1, keepdim=True), do_o.abs() + abs(dlse), head_dim
+        )
         ds_variance = self._rounding(ds) + self.p_relative_variance * ds2
-        ds_variance += p2 * self._accumulation(do2 @ self.v.square().mT, head_dim)
+        ds_variance += self.underflow * (1 + dp.square())
+        ds_variance += p2 * self._accumulation(do2 @ self.v.square().mT, do_v, head_dim)
 
         # rowsum(dS) is known, so the mean of the keys can be taken out of dQ's error. The reference does no
         # such thing, and in fp64 its error counts as much as the kernel's.
-        centred = self.k - self.k.sum(2, keepdim=True) / max(1, seqlen_k)
+        key_sum = self.k.sum(2, keepdim=True)
+        centred = self.k - key_sum / max(1, seqlen_k)
         rowsum_variance = ds_variance.sum(-1, keepdim=True) + delta_variance
-        dq_variance = self._accumulation((ds2 + ds_variance + p2 * delta_variance) @ k2, seqlen_k)
-        dq_variance += rowsum_variance * self._accumulation(k2.sum(2, keepdim=True), seqlen_k)
+        dq_variance = self._accumulation((ds2 + ds_variance + p2 * delta_variance) @ k2, ds @ self.k, seqlen_k)
+        dq_variance += rowsum_variance * self._accumulation(k2.sum(2, keepdim=True), key_sum, seqlen_k)
         for keys in (centred, self.k) if self.dtype == torch.float64 else (centred,):
             dq_variance += ds_variance @ keys.square() + delta_variance * (self.p @ keys).square()
         dk_variance = (ds_variance + p2 * delta_variance).mT @ q2
-        dk_variance += self._accumulation(ds2.mT @ q2, seqlen_q)
+        dk_variance += self._accumulation(ds2.mT @ q2, ds.mT @ self.q, seqlen_q)
         dv_variance = (self.p_rounding + self.p_relative_variance * p2).mT @ do2
-        dv_variance += self._accumulation(p2.mT @ do2, seqlen_q)
+        dv_variance += self._accumulation(p2.mT @ do2, self.p.mT @ dout, seqlen_q)
 
         scale2 = self.scale**2
         variances = (

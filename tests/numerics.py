@@ -115,7 +115,7 @@ class Sigmas:
 # A correct emulation of the algorithm stays below 1.4, 3.4 and 7 in fp16 and bf16, and below 2.3, 3.7 and
 # 16 in fp32 and fp64, where errors of sums of like-signed terms add up rather than average out.
 HALF_GATE = Sigmas(rms=1.6, row=4.5, largest=9.0)
-FULL_GATE = Sigmas(rms=4.0, row=10.0, largest=24.0)
+FULL_GATE = Sigmas(rms=5.0, row=10.0, largest=24.0)
 
 
 def assert_within(actual, reference, sigma, what):
@@ -137,14 +137,15 @@ def assert_within(actual, reference, sigma, what):
     _require(error.abs().max().item(), gate.largest, what, f"error at {where} in units of the expected")
 
 
-def assert_lse(actual, reference):
+def assert_lse(actual, reference, sigma=0.0):
+    """`sigma` makes room where scores cancel out of much larger terms."""
     assert_same_shape(actual, reference, "lse")
     if actual.numel() == 0:
         return
     assert_same_infinities(actual, reference, "lse")
     rtol, atol = (4e-6, 1e-5) if actual.dtype == torch.float32 else (1e-13, 1e-13)
     error = (actual.double() - reference).abs().nan_to_num(0.0)
-    excess = error - (atol + rtol * reference.abs().nan_to_num(0.0, posinf=0.0))
+    excess = error - (atol + rtol * reference.abs().nan_to_num(0.0, posinf=0.0) + 4 * sigma)
     where = tuple((excess == excess.max()).nonzero()[0].tolist())
     _require(excess.max().item(), 0.0, "lse", f"error beyond {atol:g} + {rtol:g} * |lse| at {where}")
 
@@ -158,8 +159,9 @@ def check_forward(out, lse, q, k, v, *, causal="none", scale=None):
     exact, exact_lse = attention_reference(q, k, v, causal=causal_argument(causal), scale=scale)
     assert out.dtype == q.dtype
     assert lse.dtype == (torch.float64 if q.dtype == torch.float64 else torch.float32)
-    assert_lse(lse, exact_lse)
-    assert_within(out, exact, _model(q, k, v, exact, exact_lse, causal, scale).out_sigma(), "out")
+    model = _model(q, k, v, exact, exact_lse, causal, scale)
+    assert_lse(lse, exact_lse, model.lse_sigma())
+    assert_within(out, exact, model.out_sigma(), "out")
 
 
 def check_gradients(gradients, q, k, v, dout, *, dlse=None, causal="none", scale=None):

@@ -17,7 +17,14 @@ from matrix import (
     length,
     tile_edge,
 )
-from numerics import TIGHT_FORWARD, assert_tight, check_forward, naive_attention
+from numerics import (
+    TIGHT_FORWARD,
+    assert_lse,
+    assert_tight,
+    causal_argument,
+    check_forward,
+    naive_attention,
+)
 
 import flash_ext
 from flash_ext import attention_reference
@@ -106,8 +113,9 @@ def test_scale(device, algorithm, dtype, scale):
 def test_tight_gate(device, algorithm, dtype, family, head_dim, causal):
     """Near the rounding floor and well below the naive formula's error."""
     q, k, v = make_qkv(Shape(1, 2, 2, 192, 192, head_dim), dtype, device, family)
-    exact, _ = attention_reference(q, k, v, causal=False if causal == "none" else causal)
-    out, _ = forward(q, k, v, causal=causal, algorithm=algorithm)
+    exact, exact_lse = attention_reference(q, k, v, causal=causal_argument(causal))
+    out, lse = forward(q, k, v, causal=causal, algorithm=algorithm)
+    assert_lse(lse, exact_lse)
     assert_tight(out, exact, naive_attention(q, k, v, causal=causal), TIGHT_FORWARD, "out")
 
 
