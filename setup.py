@@ -84,7 +84,8 @@ def build_command():
             units = instances.write_sources(selection, Path("build/instances"))
             extension.sources = [*(str(unit) for unit in units), *extension.sources]
             # For the dispatcher alone: nvcc would split such a macro at its commas.
-            extension.extra_compile_args["cxx"] = [*CXX_FLAGS, *(f"-D{name}={value}" for name, value in selection.macros())]
+            macros = [f"-D{name}={value}" for name, value in selection.macros()]
+            extension.extra_compile_args["cxx"] = [*CXX_FLAGS, *macros]
             extension.include_dirs.append(str(toolkit.home / "include"))
             extension.libraries.append("c10_cuda")
             extension.extra_link_args.append(str(toolkit.runtime_library()))
