@@ -64,7 +64,8 @@ def _output_of(*command):
 def find_gpus():
     listed = _output_of("nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader")
     capabilities = sorted({(int(a), int(b)) for a, b in re.findall(r"^(\d+)\.(\d+)$", listed, re.M)})
-    return Gpus(bool(capabilities) or Path("/dev/nvidia0").exists(), tuple(capabilities))
+    devices = any(Path("/dev").glob("nvidia[0-9]*"))  # a container may have GPUs and no nvidia-smi
+    return Gpus(bool(capabilities) or devices, tuple(capabilities))
 
 
 # ---- nvcc -------------------------------------------------------------------------------------------
