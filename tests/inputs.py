@@ -191,6 +191,16 @@ def lay_out(tensor, layout, fill=0.0):
     return placed
 
 
+def far_apart(tensor, dim):
+    """A copy whose entries along `dim` lie more than 2^31 elements apart. On the CPU the memory between
+    them is never touched and hence never taken."""
+    strides = list(tensor.narrow(dim, 0, 1).contiguous().stride())
+    strides[dim] = (1 << 31) + 64
+    size = strides[dim] * (tensor.shape[dim] - 1) + tensor.numel() // tensor.shape[dim]
+    buffer = torch.empty(size, dtype=tensor.dtype, device=tensor.device)
+    return buffer.as_strided(tensor.shape, strides).copy_(tensor)
+
+
 def with_absurd_strides(tensor):
     """The same view with a meaningless stride on every dimension of size 1 but the last."""
     sizes, strides = tensor.shape[:-1], tensor.stride()[:-1]

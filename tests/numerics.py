@@ -112,9 +112,9 @@ class Sigmas:
     largest: float
 
 
-# A correct emulation of the algorithm stays below 1.4, 3.4 and 7 in fp16 and bf16, and below 2.3, 3.7 and
-# 16 in fp32 and fp64, where errors of sums of like-signed terms add up rather than average out.
-HALF_GATE = Sigmas(rms=1.6, row=4.5, largest=9.0)
+# The CPU kernels, and an emulation that rounds where tensor cores make it, reach 1.7, 3.2 and 5.6 in fp16
+# and bf16, and 3.8, 7.4 and 17 in fp32 and fp64, over all data families and shapes up to 300 x 300 x 256.
+HALF_GATE = Sigmas(rms=2.0, row=4.5, largest=9.0)
 FULL_GATE = Sigmas(rms=5.0, row=10.0, largest=24.0)
 
 

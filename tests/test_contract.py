@@ -1,6 +1,8 @@
 """The contract on values: what comes out where attention is degenerate, extreme or empty."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -235,6 +237,24 @@ def test_hidden_keys_do_not_leak(device, algorithm):
     first = half - max(tile_edge(device), 128 if device == "cuda" else 0)
     assert torch.equal(out[:, :, :first], clean[0][:, :, :first])
     assert torch.equal(lse[:, :, :first], clean[1][:, :, :first])
+
+
+MEASURE_PEAK = """
+import resource, torch, flash_ext
+torch.set_num_threads(1)
+x = torch.randn(1, 1, {seqlen}, 8, requires_grad=True)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+flash_ext.flash_attention(x, x, x, causal=True, algorithm="{algorithm}").sum().backward()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_memory_is_linear_on_the_cpu(algorithm):
+    """Forward and backward at 8192 tokens: a matrix of scores would take 256 MiB."""
+    script = MEASURE_PEAK.format(seqlen=8192, algorithm=algorithm)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(done.stdout) * 1024 < 32 * 2**20
 
 
 def test_error_message_is_not_the_end(device):

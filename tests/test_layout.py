@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from calls import ALGORITHMS, assert_same_bits, backward, forward, forward_backward
-from inputs import LAYOUTS, Shape, lay_out, make_qkv_dout, with_absurd_strides
+from inputs import LAYOUTS, Shape, far_apart, lay_out, make_qkv_dout, with_absurd_strides
 from matrix import DTYPES, dtype_name, length
 
 import flash_ext
@@ -50,6 +50,27 @@ def test_F33_each_input_has_its_own_strides(device, layout, tensor):
     layouts = ["contiguous"] * 4
     layouts[tensor] = layout
     assert_layout_does_not_matter(make_qkv_dout(shape_for(device), torch.bfloat16, device), layouts, math.nan)
+
+
+@pytest.mark.parametrize("layout", ODD_LAYOUTS)
+def test_F07_out_has_its_own_strides(device, layout):
+    """The backward operator reads `out` by the strides of out, not by those of q or dout."""
+    q, k, v, dout = make_qkv_dout(shape_for(device), torch.bfloat16, device)
+    out, lse = forward(q, k, v)
+    expected = backward(dout, q, k, v, out, lse, deterministic=True)
+    placed = lay_out(out, layout, math.nan)
+    assert_same_bits(backward(dout, q, k, v, placed, lse, deterministic=True), expected, f"out {layout}")
+
+
+@pytest.mark.parametrize("tensor", range(4), ids=("q", "k", "v", "dout"))
+@pytest.mark.parametrize("dim", range(3), ids=("batch", "heads", "rows"))
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_F01_strides_beyond_32_bits(device, algorithm, dim, tensor):
+    tensors = list(make_qkv_dout(Shape(2, 2, 2, 2, 2, 64), torch.bfloat16, device))
+    options = {"deterministic": True, "algorithm": algorithm}
+    expected = forward_backward(*tensors, **options)
+    tensors[tensor] = far_apart(tensors[tensor], dim)
+    assert_same_bits(forward_backward(*tensors, **options), expected, "a stride of 2^31 + 64")
 
 
 @pytest.mark.parametrize("offset", range(1, 9))
