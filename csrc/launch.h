@@ -1,5 +1,6 @@
 // The launchers: all that the operators know of the kernels. Each template is instantiated in small
-// generated translation units, one per (kernel, element type, head dimension); see setup.py.
+// generated translation units, one per (kernel, element type, head dimension); see
+// build_tools/instances.py.
 #pragma once
 
 #include <cstdint>
