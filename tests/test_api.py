@@ -149,6 +149,16 @@ def test_not_a_tensor(device, argument):
         flash_ext.flash_attention(**inputs)
 
 
+@pytest.mark.parametrize("kind", ["sparse", "nested"])
+def test_other_kinds_of_tensors(device, kind):
+    inputs = tensors(device, torch.float32)
+    if kind == "sparse":
+        inputs["q"] = inputs["q"].to_sparse()
+    else:
+        inputs = {name: torch.nested.nested_tensor(list(x), layout=torch.jagged) for name, x in inputs.items()}
+    refuse(lambda: torch.ops.flash_ext.forward(**inputs), "flash_ext")
+
+
 WRONG_BACKWARD = {
     "dout-shape": ("dout", lambda x: x[:, :1], r"dout must have shape.*\[1, 2, 40, 32\].*got \[1, 1, 40, 32\]"),
     "dout-dtype": ("dout", lambda x: x.half(), r"dout must have dtype.*BFloat16.*got Half"),

@@ -208,6 +208,16 @@ def test_F46_out_of_memory_is_an_exception(algorithm):
     check_forward(*forward(*tensors[:3], algorithm=algorithm), *tensors[:3])
 
 
+@pytest.mark.gpu_memory(20)
+def test_F46_a_grid_too_large_names_the_shape():
+    """2^31 thread blocks: one more than a grid may have."""
+    q = torch.zeros(1, 1, 1, 1, dtype=BF16, device="cuda").expand(1 << 21, 1 << 10, 1, 1)
+    with pytest.raises(RuntimeError, match=r"2147483648 .*2147483647.*batch=2097152 heads_q=1024"):
+        forward(q, q, q, algorithm="v2")
+    small = make_qkv(SHAPE, BF16, "cuda")
+    check_forward(*forward(*small), *small)
+
+
 # ---- more than 2^31 elements ---------------------------------------------------------------------
 
 BEYOND = 1 << 31

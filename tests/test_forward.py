@@ -213,6 +213,12 @@ def test_named_algorithms(device, algorithm):
     assert_same_bits(named, general, f"flash_attention_{algorithm}")
 
 
+def test_algorithm_is_not_ignored(device):
+    """v1 rounds its output once for every block of keys, v2 once: in fp32 that shows."""
+    q, k, v = make_qkv(Shape(2, 4, 2, 133, 547, 64), torch.float32, device)
+    assert not torch.equal(forward(q, k, v, algorithm="v1")[0], forward(q, k, v, algorithm="v2")[0])
+
+
 def test_auto_is_v2(device):
     q, k, v = make_qkv(Shape(2, 4, 2, 133, 147, 64), torch.float16, device)
     assert_same_bits(forward(q, k, v), forward(q, k, v, algorithm="v2"), "algorithm='auto'")

@@ -86,7 +86,7 @@ def draw(rng, device):
         with_dlse=rng.random() < 0.3,
         needs=rng.choice(NEEDS),
         tile=(rng.randint(1, 40), rng.randint(1, 40)) if on_cpu and rng.random() < 0.5 else None,
-        threads=rng.choice([1, 1, 2, 3]) if on_cpu else 1,
+        threads=rng.choice([1, 1, 1, 1, 1, 2, 3]) if on_cpu else 1,
     )
 
 
