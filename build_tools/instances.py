@@ -59,11 +59,9 @@ def _chosen(environ, variable, allowed):
 
 def _source(kernel, element, head_dim):
     arguments = f"<{element}, {head_dim}>(\n    const flash_ext::{_PARAMS[kernel]}&"
-    return (
-        f'#include "{_FOLDERS[kernel]}/launch.cuh"\n\n'
-        f"template void flash_ext::launch_{kernel}{arguments}, flash_ext::CudaStream);\n"
-        f"template flash_ext::KernelPlan flash_ext::plan_{kernel}{arguments});\n"
-    )
+    launch = f"template void flash_ext::launch_{kernel}{arguments}, flash_ext::CudaStream);\n"
+    plan = f"template flash_ext::KernelPlan flash_ext::plan_{kernel}{arguments});\n"
+    return f'#include "{_FOLDERS[kernel]}/launch.cuh"\n\n{launch}' + (plan if kernel != "backward" else "")
 
 
 def write_if_changed(path, text):

@@ -39,7 +39,4 @@ KernelPlan plan_forward_v1(const ForwardParams& params);
 template <typename Element, int kHeadDim>
 KernelPlan plan_forward_v2(const ForwardParams& params);
 
-template <typename Element, int kHeadDim>
-KernelPlan plan_backward(const BackwardParams& params);
-
 }  // namespace flash_ext

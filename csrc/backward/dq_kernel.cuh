@@ -1,7 +1,7 @@
-// dQ on its own, for deterministic gradients and for callers that want no other: a thread block owns a
-// tile of query rows and walks over the K/V blocks as the forward does, so nothing is shared between
-// thread blocks and nothing but the result is written. It costs two products more than the fused kernel
-// (S and dP are computed twice when dK or dV are wanted too).
+// dQ on its own, for deterministic gradients and for callers that want no other: a thread block
+// owns a tile of query rows and walks over the K/V blocks as the forward does, so nothing is shared
+// between thread blocks and nothing but the result is written. It costs two products more than the
+// fused kernel (S and dP are computed twice when dK or dV are wanted too).
 #pragma once
 
 #include "backward/config.cuh"
@@ -12,7 +12,7 @@
 namespace flash_ext::backward {
 
 template <typename Config>
-__global__ void __launch_bounds__(Config::kNumThreads)
+__global__ void __launch_bounds__(Config::kNumThreads, 1)
     dq_kernel(const __grid_constant__ KernelParams p) {
   using Element = typename Config::Element;
   using M = sm80::Mma<Element>;
@@ -43,18 +43,19 @@ __global__ void __launch_bounds__(Config::kNumThreads)
   float acc_dq[1][kHeadDim / 8][4];
   float acc_row_sum[4] = {0.f, 0.f, 0.f, 0.f};
   sm80::clear(acc_dq);
-  const auto ones = M::make_ones_b();
+  const auto ones = M::ones_b();
   const int64_t stats = static_cast<int64_t>(batch_head) * p.padded_seqlen_q + m0 + warp_row0;
   const float* lse_log2 = p.lse_log2 + stats;
   const float* delta = p.delta + stats;
+  const float* lse = p.lse + static_cast<int64_t>(batch_head) * seqlen_q + m0 + warp_row0;
 
   if (blocks.begin < blocks.end) {
     sm80::load_tile<kNumThreads>(smem.q,
                                  sm80::gmem_rows<Element>(p.q, batch_idx, head_idx, p.head_dim), m0,
                                  seqlen_q, thread_idx);
-    sm80::load_tile<kNumThreads>(
-        smem.dout, sm80::gmem_rows<Element>(p.dout, batch_idx, head_idx, p.head_dim), m0, seqlen_q,
-        thread_idx);
+    sm80::load_tile<kNumThreads>(smem.dout,
+                                 sm80::gmem_rows<Element>(p.dout, batch_idx, head_idx, p.head_dim),
+                                 m0, seqlen_q, thread_idx);
     sm80::load_tile<kNumThreads>(smem.k, k_gmem, blocks.begin * kBlockN, seqlen_k, thread_idx);
     ptx::cp_async_commit_group();
   }
@@ -67,26 +68,26 @@ __global__ void __launch_bounds__(Config::kNumThreads)
 
     float acc_s[1][kBlockN / 8][4];
     sm80::clear(acc_s);
-    sm80::warp_gemm<kHeadDim / M::kK>(acc_s, sm80::KMajorA(smem.q, warp_row0, lane_idx),
-                                      sm80::KMajorB(smem.k, 0, lane_idx));
+    sm80::warp_gemm<kHeadDim / sm80::kMmaK>(acc_s, sm80::KMajorA(smem.q, warp_row0, lane_idx),
+                                            sm80::KMajorB(smem.k, 0, lane_idx));
     p.scale.apply_sign(acc_s);
     if (!block_is_full(p.mask, m0, n0, kBlockN)) {
       apply_mask(acc_s, p.mask, m0 + warp_row0 + lane_idx / 4, n0 + lane_idx % 4 * 2);
     }
-    recompute_p(acc_s, lse_log2, p.scale.log2, lane_idx / 4);
+    recompute_p(acc_s, lse_log2, lse, p.scale, lane_idx / 4);
 
     ptx::cp_async_wait_group<0>();
     __syncthreads();  // V has arrived
     float acc_dp[1][kBlockN / 8][4];
     sm80::clear(acc_dp);
-    sm80::warp_gemm<kHeadDim / M::kK>(acc_dp, sm80::KMajorA(smem.dout, warp_row0, lane_idx),
-                                      sm80::KMajorB(smem.v, 0, lane_idx));
+    sm80::warp_gemm<kHeadDim / sm80::kMmaK>(acc_dp, sm80::KMajorA(smem.dout, warp_row0, lane_idx),
+                                            sm80::KMajorB(smem.v, 0, lane_idx));
     compute_ds(acc_dp, acc_s, delta, lane_idx / 4);
     sm80::warp_gemm_acc<Element>(
         acc_dq, acc_dp,
-        sm80::MNMajorB<typename Config::KVTile, sm80::KOrder::kAccumulator>(smem.k, 0, lane_idx));
+        sm80::MNMajorB<typename Config::KVTile, sm80::KOrder::kPaired>(smem.k, 0, lane_idx));
 #pragma unroll
-    for (int k = 0; k < kBlockN / M::kK; ++k) {
+    for (int k = 0; k < kBlockN / sm80::kMmaK; ++k) {
       M::mma(acc_row_sum, M::from_accumulator(acc_dp[0], k), ones);
     }
     if (n_block + 1 < blocks.end) {

@@ -1,15 +1,16 @@
-// dK and dV, and on the way dQ: FlashAttention-2's backward (Dao 2023, arXiv 2307.08691, Algorithm 2)
-// on mma.sync.
+// dK and dV, and on the way dQ: FlashAttention-2's backward (Dao 2023, arXiv 2307.08691, Algorithm
+// 2) on mma.sync.
 //
-// One thread block owns kBlockN keys of one key head and walks over every query block that sees them,
-// of every query head in the group, so that dK and dV stay in registers to the end and are the same to
-// the bit in every run.
+// One thread block owns kBlockN keys of one key head and walks over every query block that sees
+// them, of every query head in the group, so that dK and dV stay in registers to the end and are
+// the same to the bit in every run.
 //   1. load K, V; start Q, dO of the first query block
 //   2. for every query block i (of every query head of the group):
 //   3.   S = Q K^T, P = exp2(S - L)         dP = dO V^T, dS = P * (dP - delta)
 //   4.   P and dS through shared memory: the products below need them transposed
 //   5.   dV += P^T dO,  dK += dS^T Q
-//   6.   dQ_i += dS K, added to an fp32 buffer in memory (other thread blocks add to the same rows),
+//   6.   dQ_i += dS K, added to an fp32 buffer in memory (other thread blocks add to the same
+//   rows),
 //        and rowsum(dS), which the last kernel needs for the mean of K
 //   7. dK * scale, dV leave through shared memory
 #pragma once
@@ -46,7 +47,7 @@ struct DqTile {
 template <int kKSteps, int kM, typename A>
 __device__ __forceinline__ void row_sums(float (&row_sum)[kM][2], const A& ds_operand) {
   using M = typename A::M;
-  const auto ones = M::make_ones_b();
+  const auto ones = M::ones_b();
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
     float acc[4] = {0.f, 0.f, 0.f, 0.f};
@@ -58,7 +59,7 @@ __device__ __forceinline__ void row_sums(float (&row_sum)[kM][2], const A& ds_op
 }
 
 template <typename Config, bool kWithDq>
-__global__ void __launch_bounds__(Config::kNumThreads)
+__global__ void __launch_bounds__(Config::kNumThreads, Config::kMinBlocks)
     kv_kernel(const __grid_constant__ KernelParams p) {
   using Element = typename Config::Element;
   using Score = typename Config::ScoreWarps;
@@ -68,7 +69,7 @@ __global__ void __launch_bounds__(Config::kNumThreads)
   constexpr int kHeadDim = Config::kHeadDim;
   constexpr int kNumThreads = Config::kNumThreads;
   constexpr int kStages = Config::kStages;
-  constexpr int kK = sm80::Mma<Element>::kK;
+  constexpr int kK = sm80::kMmaK;
   constexpr int kScoreM = kBlockM / Score::kRows / 16;
   constexpr int kScoreN = kBlockN / Score::kCols / 8;
   constexpr int kKVM = kBlockN / KVGrid::kRows / 16;
@@ -90,7 +91,7 @@ __global__ void __launch_bounds__(Config::kNumThreads)
   const bool wants_dv = p.dv.data != nullptr;
   const bool wants_ds = wants_dk || kWithDq;
 
-  const BlockRange blocks = query_blocks(p.mask, n0, kBlockM, kBlockN);
+  const BlockRange blocks = query_blocks(p.mask, n0, kBlockM);
   const int blocks_per_head = blocks.end - blocks.begin;
   const int num_iterations = blocks_per_head > 0 ? blocks_per_head * p.group_size : 0;
 
@@ -99,12 +100,12 @@ __global__ void __launch_bounds__(Config::kNumThreads)
     const int head_idx = kv_head_idx * p.group_size + it / blocks_per_head;
     const int m0 = (blocks.begin + it % blocks_per_head) * kBlockM;
     const int stage = it % kStages;
-    sm80::load_tile<kNumThreads>(
-        smem.q[stage], sm80::gmem_rows<Element>(p.q, batch_idx, head_idx, p.head_dim), m0, seqlen_q,
-        thread_idx);
-    sm80::load_tile<kNumThreads>(
-        smem.dout[stage], sm80::gmem_rows<Element>(p.dout, batch_idx, head_idx, p.head_dim), m0,
-        seqlen_q, thread_idx);
+    sm80::load_tile<kNumThreads>(smem.q[stage],
+                                 sm80::gmem_rows<Element>(p.q, batch_idx, head_idx, p.head_dim), m0,
+                                 seqlen_q, thread_idx);
+    sm80::load_tile<kNumThreads>(smem.dout[stage],
+                                 sm80::gmem_rows<Element>(p.dout, batch_idx, head_idx, p.head_dim),
+                                 m0, seqlen_q, thread_idx);
     const int64_t row =
         (static_cast<int64_t>(batch_idx) * p.heads_q + head_idx) * p.padded_seqlen_q + m0;
     if (thread_idx < kBlockM / 4) {
@@ -119,19 +120,21 @@ __global__ void __launch_bounds__(Config::kNumThreads)
   float acc_dv[kKVM][kKVN][4];
   sm80::clear(acc_dk);
   sm80::clear(acc_dv);
-  const int score_row0 = warp_idx / Score::kCols * kScoreM * 16;
+  constexpr int kScoreWarps = Score::kRows * Score::kCols;
+  const bool computes_p = warp_idx < kScoreWarps;
+  const int score_row0 = warp_idx % kScoreWarps / Score::kCols * kScoreM * 16;
   const int score_col0 = warp_idx % Score::kCols * kScoreN * 8;
   const int kv_row0 = warp_idx / KVGrid::kCols * kKVM * 16;
   const int kv_col0 = warp_idx % KVGrid::kCols * kKVN * 8;
   const int row = score_row0 + lane_idx / 4;
 
   if (num_iterations > 0) {
-    sm80::load_tile<kNumThreads>(
-        smem.k, sm80::gmem_rows<Element>(p.k, batch_idx, kv_head_idx, p.head_dim), n0, seqlen_k,
-        thread_idx);
-    sm80::load_tile<kNumThreads>(
-        smem.v, sm80::gmem_rows<Element>(p.v, batch_idx, kv_head_idx, p.head_dim), n0, seqlen_k,
-        thread_idx);
+    sm80::load_tile<kNumThreads>(smem.k,
+                                 sm80::gmem_rows<Element>(p.k, batch_idx, kv_head_idx, p.head_dim),
+                                 n0, seqlen_k, thread_idx);
+    sm80::load_tile<kNumThreads>(smem.v,
+                                 sm80::gmem_rows<Element>(p.v, batch_idx, kv_head_idx, p.head_dim),
+                                 n0, seqlen_k, thread_idx);
     load_queries(0);
   }
 
@@ -144,23 +147,51 @@ __global__ void __launch_bounds__(Config::kNumThreads)
     if (kStages > 1 && it + 1 < num_iterations) load_queries(it + 1);
 
     // Step 3.
-    float acc_s[kScoreM][kScoreN][4];
-    sm80::clear(acc_s);
-    sm80::warp_gemm<kHeadDim / kK>(acc_s, sm80::KMajorA(smem.q[stage], score_row0, lane_idx),
-                                   sm80::KMajorB(smem.k, score_col0, lane_idx));
-    p.scale.apply_sign(acc_s);
-    if (!block_is_full(p.mask, m0, n0, kBlockN)) {
-      apply_mask(acc_s, p.mask, m0 + row, n0 + score_col0 + lane_idx % 4 * 2);
-    }
-    recompute_p(acc_s, smem.lse_log2[stage], p.scale.log2, row);
-    if (wants_dv) sm80::store_accumulator(smem.p, acc_s, score_row0, score_col0, lane_idx);
-    if (wants_ds) {
-      float acc_dp[kScoreM][kScoreN][4];
+    const int head_idx = kv_head_idx * p.group_size + it / blocks_per_head;
+    const int64_t head_row = static_cast<int64_t>(batch_idx) * p.heads_q + head_idx;
+    const float* lse = p.lse + head_row * seqlen_q + m0;
+    const auto k_operand = sm80::KMajorB(smem.k, score_col0, lane_idx);
+    const auto v_operand = sm80::KMajorB(smem.v, score_col0, lane_idx);
+    const auto compute_p = [&](float (&acc_s)[kScoreM][kScoreN][4]) {
+      sm80::clear(acc_s);
+      sm80::warp_gemm<kHeadDim / kK>(acc_s, sm80::KMajorA(smem.q[stage], score_row0, lane_idx),
+                                     k_operand);
+      p.scale.apply_sign(acc_s);
+      if (!block_is_full(p.mask, m0, n0, kBlockN)) {
+        apply_mask(acc_s, p.mask, m0 + row, n0 + score_col0 + lane_idx % 4 * 2);
+      }
+      recompute_p(acc_s, smem.lse_log2[stage], lse, p.scale, row);
+    };
+    const auto compute_dp = [&](float (&acc_dp)[kScoreM][kScoreN][4]) {
       sm80::clear(acc_dp);
       sm80::warp_gemm<kHeadDim / kK>(acc_dp, sm80::KMajorA(smem.dout[stage], score_row0, lane_idx),
-                                     sm80::KMajorB(smem.v, score_col0, lane_idx));
-      compute_ds(acc_dp, acc_s, smem.delta[stage], row);
-      sm80::store_accumulator(smem.ds, acc_dp, score_row0, score_col0, lane_idx);
+                                     v_operand);
+    };
+    float acc_p[kScoreM][kScoreN][4];
+    if constexpr (!Config::kSplitScores) {
+      compute_p(acc_p);
+      if (wants_dv) sm80::store_accumulator(smem.p, acc_p, score_row0, score_col0, lane_idx);
+      if (wants_ds) {
+        float acc_dp[kScoreM][kScoreN][4];
+        compute_dp(acc_dp);
+        compute_ds(acc_dp, acc_p, smem.delta[stage], row);
+        sm80::store_accumulator(smem.ds, acc_dp, score_row0, score_col0, lane_idx);
+      }
+    } else {
+      // Half of the warps compute P, the other half dP and, with P from shared memory, dS.
+      float acc_dp[kScoreM][kScoreN][4];
+      if (computes_p) {
+        compute_p(acc_p);
+        sm80::store_accumulator(smem.p, acc_p, score_row0, score_col0, lane_idx);
+      } else if (wants_ds) {
+        compute_dp(acc_dp);
+      }
+      __syncthreads();  // P is complete
+      if (!computes_p && wants_ds) {
+        sm80::load_accumulator(acc_p, smem.p, score_row0, score_col0, lane_idx);
+        compute_ds(acc_dp, acc_p, smem.delta[stage], row);
+        sm80::store_accumulator(smem.ds, acc_dp, score_row0, score_col0, lane_idx);
+      }
     }
     __syncthreads();  // P and dS are complete
 
@@ -168,13 +199,17 @@ __global__ void __launch_bounds__(Config::kNumThreads)
     using sm80::KOrder;
     if (wants_dv) {
       sm80::warp_gemm<kBlockM / kK>(
-          acc_dv, sm80::MNMajorA<typename Config::ScoreTile>(smem.p, kv_row0, lane_idx),
-          sm80::MNMajorB<typename Config::QTile, KOrder::kNatural>(smem.dout[stage], kv_col0, lane_idx));
+          acc_dv,
+          sm80::MNMajorA<typename Config::ScoreTile, KOrder::kPaired>(smem.p, kv_row0, lane_idx),
+          sm80::MNMajorB<typename Config::QTile, KOrder::kPaired>(smem.dout[stage], kv_col0,
+                                                                  lane_idx));
     }
     if (wants_dk) {
       sm80::warp_gemm<kBlockM / kK>(
-          acc_dk, sm80::MNMajorA<typename Config::ScoreTile>(smem.ds, kv_row0, lane_idx),
-          sm80::MNMajorB<typename Config::QTile, KOrder::kNatural>(smem.q[stage], kv_col0, lane_idx));
+          acc_dk,
+          sm80::MNMajorA<typename Config::ScoreTile, KOrder::kPaired>(smem.ds, kv_row0, lane_idx),
+          sm80::MNMajorB<typename Config::QTile, KOrder::kPaired>(smem.q[stage], kv_col0,
+                                                                  lane_idx));
     }
     if (kStages == 1) {
       __syncthreads();  // Q and dO are read; the next ones arrive behind the dQ product
@@ -191,15 +226,13 @@ __global__ void __launch_bounds__(Config::kNumThreads)
       sm80::warp_gemm<kBlockN / kK>(
           acc_dq, ds_operand,
           sm80::MNMajorB<typename Config::KVTile, KOrder::kNatural>(smem.k, dq.col0, lane_idx));
-      const int head_idx = kv_head_idx * p.group_size + it / blocks_per_head;
-      const int64_t tile_row =
-          (static_cast<int64_t>(batch_idx) * p.heads_q + head_idx) * p.padded_seqlen_q + m0;
+      const int64_t tile_row = head_row * p.padded_seqlen_q + m0;
       float* accum = p.dq_accum + tile_row * kHeadDim;
 #pragma unroll
       for (int m = 0; m < Dq::kM; ++m) {
 #pragma unroll
         for (int n = 0; n < Dq::kN; ++n) {
-          const float(&acc)[4] = acc_dq[m][n];
+          const float (&acc)[4] = acc_dq[m][n];
           ptx::red_add_v4(accum + dq.offset(m, n), acc[0], acc[1], acc[2], acc[3]);
         }
       }

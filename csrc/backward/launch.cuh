@@ -15,54 +15,77 @@
 #include "launch.h"
 
 namespace flash_ext {
+namespace backward {
 
-template <typename Element, int kHeadDim>
-void launch_backward(const BackwardParams& params, CudaStream stream) {
-  using KVConfig = backward::KVConfig<Element, kHeadDim>;
-  using QConfig = backward::QConfig<Element, kHeadDim>;
-  const AttentionShape& s = params.shape;
-  const backward::KernelParams p(params);
-  const bool wants_kv = params.dk.data != nullptr || params.dv.data != nullptr;
-  const bool wants_dq = params.dq.data != nullptr;
-  const bool accumulates_dq = BackwardWorkspace::accumulates_dq(params);
-  const auto num_blocks = [](int64_t rows, int block) { return (rows + block - 1) / block; };
-  const int64_t num_kv_blocks =
-      s.batch * s.heads_kv * num_blocks(s.seqlen_k, KVConfig::kBlockN);
+inline int64_t num_blocks(int64_t rows, int block) { return (rows + block - 1) / block; }
 
-  constexpr int kRowsPerBlock = backward::kPreprocessThreads / (kHeadDim / 8);
-  launch_kernel(backward::row_stats_kernel<Element, kHeadDim>,
-                s.batch * s.heads_q * (p.padded_seqlen_q / kRowsPerBlock),
-                backward::kPreprocessThreads, 0, stream, "the backward's row_stats kernel", p, s);
-  if (wants_dq) {
-    launch_kernel(backward::key_mean_kernel<Element, kHeadDim>, s.batch * s.heads_kv, kHeadDim, 0,
-                  stream, "the backward's key_mean kernel", p, s);
-  }
-  if (wants_kv) {
-    const auto kernel = accumulates_dq ? backward::kv_kernel<KVConfig, true>
-                                       : backward::kv_kernel<KVConfig, false>;
-    launch_kernel(kernel, num_kv_blocks, KVConfig::kNumThreads,
-                  sizeof(typename KVConfig::SharedStorage), stream, "the backward's kv kernel", p, s);
-  }
-  if (accumulates_dq) {
-    launch_kernel(backward::dq_postprocess_kernel<KVConfig>,
-                  s.batch * s.heads_q * num_blocks(s.seqlen_q, KVConfig::kBlockM),
-                  KVConfig::kNumThreads, sizeof(typename KVConfig::QTile), stream,
-                  "the backward's dq_postprocess kernel", p, s);
-  } else if (wants_dq) {
-    launch_kernel(backward::dq_kernel<QConfig>,
-                  s.batch * s.heads_q * num_blocks(s.seqlen_q, QConfig::kBlockM),
-                  QConfig::kNumThreads, sizeof(typename QConfig::SharedStorage), stream,
-                  "the backward's dq kernel", p, s);
+// Calls `visit` with the first configuration that fits this GPU.
+template <typename Element, int kHeadDim, typename Visit, typename Shape, typename... Smaller>
+void with_kv_config(ShapeList<Shape, Smaller...>, const AttentionShape& shape, Visit visit) {
+  using Config = KVConfig<Element, kHeadDim, Shape>;
+  constexpr int64_t kSmemBytes = sizeof(typename Config::SharedStorage);
+  const int64_t limit = shared_memory_limit(shape);
+  if (kSmemBytes <= limit) {
+    visit(Config{});
+  } else if constexpr (sizeof...(Smaller) > 0) {
+    with_kv_config<Element, kHeadDim>(ShapeList<Smaller...>{}, shape, visit);
+  } else {
+    throw std::runtime_error("flash_ext.backward: dk and dv at this head_dim need " +
+                             std::to_string(kSmemBytes) +
+                             " bytes of shared memory per thread block, " + "this GPU has " +
+                             std::to_string(limit) + ", with " + to_string(shape));
   }
 }
 
 template <typename Element, int kHeadDim>
-KernelPlan plan_backward(const BackwardParams& params) {
-  using Config = backward::KVConfig<Element, kHeadDim>;
+void launch_preprocess(const BackwardParams& params, const KernelParams& p, cudaStream_t stream) {
   const AttentionShape& s = params.shape;
-  return {Config::kBlockM, Config::kBlockN, Config::kNumWarps,
-          sizeof(typename Config::SharedStorage),
-          s.batch * s.heads_kv * ((s.seqlen_k + Config::kBlockN - 1) / Config::kBlockN)};
+  constexpr int kRowsPerBlock = kPreprocessThreads / (kHeadDim / 8);
+  launch_kernel(row_stats_kernel<Element, kHeadDim>,
+                s.batch * s.heads_q * (p.padded_seqlen_q / kRowsPerBlock), kPreprocessThreads, 0,
+                stream, "the backward's row_stats kernel", p, s);
+  if (params.dq.data == nullptr) return;
+  launch_kernel(key_mean_kernel<Element, kHeadDim>, s.batch * s.heads_kv, kMeanThreads, 0, stream,
+                "the backward's key_mean kernel", p, s);
+}
+
+template <typename Config>
+void launch_kv(const BackwardParams& params, const KernelParams& p, cudaStream_t stream) {
+  const AttentionShape& s = params.shape;
+  const bool with_dq = BackwardWorkspace::accumulates_dq(params);
+  launch_kernel(with_dq ? kv_kernel<Config, true> : kv_kernel<Config, false>,
+                s.batch * s.heads_kv * num_blocks(s.seqlen_k, Config::kBlockN), Config::kNumThreads,
+                sizeof(typename Config::SharedStorage), stream, "the backward's kv kernel", p, s);
+  if (!with_dq) return;
+  launch_kernel(dq_postprocess_kernel<Config>,
+                s.batch * s.heads_q * num_blocks(s.seqlen_q, Config::kBlockM), Config::kNumThreads,
+                sizeof(typename Config::QTile), stream, "the backward's dq_postprocess kernel", p,
+                s);
+}
+
+template <typename Config>
+void launch_dq(const BackwardParams& params, const KernelParams& p, cudaStream_t stream) {
+  const AttentionShape& s = params.shape;
+  launch_kernel(dq_kernel<Config>, s.batch * s.heads_q * num_blocks(s.seqlen_q, Config::kBlockM),
+                Config::kNumThreads, sizeof(typename Config::SharedStorage), stream,
+                "the backward's dq kernel", p, s);
+}
+
+}  // namespace backward
+
+template <typename Element, int kHeadDim>
+void launch_backward(const BackwardParams& params, CudaStream stream) {
+  using Shapes = typename backward::KVShapes<sizeof(Element), kHeadDim>::type;
+  const backward::KernelParams p(params);
+  backward::launch_preprocess<Element, kHeadDim>(params, p, stream);
+  if (params.dk.data != nullptr || params.dv.data != nullptr) {
+    backward::with_kv_config<Element, kHeadDim>(Shapes{}, params.shape, [&](auto config) {
+      backward::launch_kv<decltype(config)>(params, p, stream);
+    });
+  }
+  if (params.dq.data != nullptr && !BackwardWorkspace::accumulates_dq(params)) {
+    backward::launch_dq<backward::QConfig<Element, kHeadDim>>(params, p, stream);
+  }
 }
 
 }  // namespace flash_ext

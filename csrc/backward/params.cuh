@@ -28,9 +28,18 @@ struct KernelParams {
   float* dq_accum;
 
   KernelParams(const BackwardParams& params)
-      : q(params.q), k(params.k), v(params.v), out(params.out), dout(params.dout), dq(params.dq),
-        dk(params.dk), dv(params.dv), lse(static_cast<const float*>(params.lse)),
-        dlse(static_cast<const float*>(params.dlse)), mask(params.mask), scale(params.softmax_scale),
+      : q(params.q),
+        k(params.k),
+        v(params.v),
+        out(params.out),
+        dout(params.dout),
+        dq(params.dq),
+        dk(params.dk),
+        dv(params.dv),
+        lse(static_cast<const float*>(params.lse)),
+        dlse(static_cast<const float*>(params.dlse)),
+        mask(params.mask),
+        scale(params.softmax_scale),
         softmax_scale(static_cast<float>(params.softmax_scale)),
         head_dim(static_cast<int>(params.shape.head_dim)),
         heads_q(static_cast<int>(params.shape.heads_q)),
@@ -42,25 +51,43 @@ struct KernelParams {
     delta = params.workspace + sections.delta;
     dq_row_sum = params.workspace + sections.dq_row_sum;
     key_mean = params.workspace + sections.key_mean;
-    dq_accum = BackwardWorkspace::accumulates_dq(params) ? params.workspace + sections.dq_accum : nullptr;
+    dq_accum =
+        BackwardWorkspace::accumulates_dq(params) ? params.workspace + sections.dq_accum : nullptr;
   }
 };
 
-// P = exp2(S - L) in place; hidden scores give exactly 0. `row0`: the thread's first row of the block.
+// P = exp2(S - L) in place; hidden scores give exactly 0. `row0`: the thread's first row of the
+// block.
+//
+// Where |L| is huge, one rounding of it is more than any difference between scores. The forward's L
+// is then the rounded scaled maximum itself, and so is `lse`, L in natural units: rounded in the
+// same way, the scores meet it exactly.
 template <int kM, int kN>
 __device__ __forceinline__ void recompute_p(float (&acc_s)[kM][kN][4], const float* lse_log2,
-                                            float scale_log2, int row0) {
+                                            const float* lse, const SoftmaxScale& scale, int row0) {
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float lse = lse_log2[row0 + 16 * m + 8 * half];
+      const int row = row0 + 16 * m + 8 * half;
+      const float row_lse_log2 = lse_log2[row];
+      const bool is_huge = fabsf(row_lse_log2) > kHugeLog2 && row_lse_log2 != INFINITY;
+      const float factor = is_huge ? static_cast<float>(kLog2e) : scale.log2;
+      const float subtrahend = is_huge ? 0.f : row_lse_log2;
+      if (is_huge) {
+#pragma unroll
+        for (int n = 0; n < kN; ++n) {
+          float* s = &acc_s[m][n][2 * half];
+          s[0] = fminf(__fmul_rn(s[0], scale.natural) - lse[row], 0.f);
+          s[1] = fminf(__fmul_rn(s[1], scale.natural) - lse[row], 0.f);
+        }
+      }
 #pragma unroll
       for (int n = 0; n < kN; ++n) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           float& s = acc_s[m][n][2 * half + i];
-          s = ptx::exp2_approx(__fmaf_rn(s, scale_log2, -lse));
+          s = ptx::exp2_approx(__fmaf_rn(s, factor, -subtrahend));
         }
       }
     }
@@ -69,8 +96,9 @@ __device__ __forceinline__ void recompute_p(float (&acc_s)[kM][kN][4], const flo
 
 // dS = P * (dP - delta), in place of dP.
 template <int kM, int kN>
-__device__ __forceinline__ void compute_ds(float (&acc_dp)[kM][kN][4], const float (&acc_p)[kM][kN][4],
-                                           const float* delta, int row0) {
+__device__ __forceinline__ void compute_ds(float (&acc_dp)[kM][kN][4],
+                                           const float (&acc_p)[kM][kN][4], const float* delta,
+                                           int row0) {
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
 #pragma unroll
@@ -88,9 +116,9 @@ __device__ __forceinline__ void compute_ds(float (&acc_dp)[kM][kN][4], const flo
   }
 }
 
-// The last step of dQ = scale * (dS K - (rowsum(dS) - dL) mean(K)^T). Exactly, a row of dS sums to dL, the
-// gradient of its log-sum-exp; rounded, it does not, and the remainder times a large mean of K is an
-// error of 10 to 50% in dQ on biased keys. Any vector near the mean removes it.
+// The last step of dQ = scale * (dS K - (rowsum(dS) - dL) mean(K)^T). Exactly, a row of dS sums to
+// dL, the gradient of its log-sum-exp; rounded, it does not, and the remainder times a large mean
+// of K is an error of 10 to 50% in dQ on biased keys. Any vector near the mean removes it.
 template <int kM, int kN>
 __device__ __forceinline__ void correct_and_scale_dq(float (&acc_dq)[kM][kN][4],
                                                      const float (&row_sum_error)[kM][2],

@@ -7,7 +7,7 @@ namespace flash_ext::backward {
 
 // The thread that added acc_dq[m][n] to the accumulator reads it back, so the layout never matters.
 template <typename Config>
-__global__ void __launch_bounds__(Config::kNumThreads)
+__global__ void __launch_bounds__(Config::kNumThreads, 1)
     dq_postprocess_kernel(const __grid_constant__ KernelParams p) {
   using Element = typename Config::Element;
   using Dq = DqTile<Config>;

@@ -1,8 +1,9 @@
-// Before the main kernel: per query row delta = rowsum(dO * O) - dL and L in units of log2, padded to
-// whole tiles; dQ's accumulator cleared; per key head a mean of K.
+// Before the main kernel: per query row delta = rowsum(dO * O) - dL and L in units of log2, padded
+// to whole tiles; dQ's accumulator cleared; per key head a mean of K.
 #pragma once
 
 #include "backward/params.cuh"
+#include "common/block_range.h"
 #include "sm80/copy_tile.cuh"
 
 namespace flash_ext::backward {
@@ -65,26 +66,36 @@ __global__ void __launch_bounds__(kPreprocessThreads)
   }
 }
 
-// The mean of at most kMeanRows evenly spaced keys: near enough to the true mean for the correction of
-// dQ (see correct_and_scale_dq), and the same in every run.
-inline constexpr int kMeanRows = 256;
+// The mean of the keys, or beyond kMeanRows of them of evenly spaced ones: near enough to the mean
+// for the correction of dQ (see correct_and_scale_dq), and the same in every run.
+inline constexpr int kMeanRows = 512;
+inline constexpr int kMeanThreads = 1024;
 
 template <typename Element, int kHeadDim>
-__global__ void __launch_bounds__(kHeadDim) key_mean_kernel(const __grid_constant__ KernelParams p) {
+__global__ void __launch_bounds__(kMeanThreads)
+    key_mean_kernel(const __grid_constant__ KernelParams p) {
+  constexpr int kRowGroups = kMeanThreads / kHeadDim;
+  __shared__ float partial[kRowGroups][kHeadDim];
   const int64_t batch_idx = blockIdx.x / p.heads_kv;
   const int64_t kv_head_idx = blockIdx.x % p.heads_kv;
   const auto k = sm80::gmem_rows<const Element>(p.k, batch_idx, kv_head_idx, p.head_dim);
-  const int col = threadIdx.x;
-  const int num_rows = min(p.mask.seqlen_k, kMeanRows);
+  const int col = threadIdx.x % kHeadDim;
+  const int row_group = threadIdx.x / kHeadDim;
+  const int step = ceil_div(p.mask.seqlen_k, kMeanRows);
+  const int num_rows = ceil_div(p.mask.seqlen_k, step);
   float sum = 0.f;
   if (col < p.head_dim) {
-#pragma unroll 8
-    for (int i = 0; i < num_rows; ++i) {
-      const int64_t row = static_cast<int64_t>(i) * p.mask.seqlen_k / num_rows;
-      sum += to_float(k.data[row * k.row_stride + col]);
-    }
+#pragma unroll 16
+    for (int i = row_group; i < num_rows; i += kRowGroups)
+      sum += to_float(k.data[static_cast<int64_t>(i) * step * k.row_stride + col]);
   }
-  p.key_mean[static_cast<int64_t>(blockIdx.x) * kHeadDim + col] = sum / static_cast<float>(num_rows);
+  partial[row_group][col] = sum;
+  __syncthreads();
+  if (row_group > 0) return;
+#pragma unroll
+  for (int i = 1; i < kRowGroups; ++i) sum += partial[i][col];
+  p.key_mean[static_cast<int64_t>(blockIdx.x) * kHeadDim + col] =
+      sum / static_cast<float>(num_rows);
 }
 
 }  // namespace flash_ext::backward

@@ -19,8 +19,8 @@ FLASH_HOST_DEVICE BlockRange key_blocks(const Mask& mask, int row0, int block_m,
   return {0, last < row0 ? 0 : ceil_div(mask.key_end(last), block_n)};
 }
 
-// Query blocks that see at least one of the keys [key0, key0 + block_n).
-FLASH_HOST_DEVICE BlockRange query_blocks(const Mask& mask, int key0, int block_m, int block_n) {
+// Query blocks that see key0, the first key of a K/V block, or a later one.
+FLASH_HOST_DEVICE BlockRange query_blocks(const Mask& mask, int key0, int block_m) {
   return {mask.row_begin(key0) / block_m, ceil_div(mask.seqlen_q, block_m)};
 }
 

@@ -1,4 +1,5 @@
-// CUDA failures become exceptions that name the kernel and the shape; nothing here ends the process.
+// CUDA failures become exceptions that name the kernel and the shape; nothing here ends the
+// process.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -18,11 +19,13 @@ inline std::string to_string(const AttentionShape& s) {
 
 inline void check_cuda(cudaError_t status, const char* what, const AttentionShape& shape) {
   if (status == cudaSuccess) return;
-  throw std::runtime_error(std::string("flash_ext: ") + what + " failed: " + cudaGetErrorName(status) +
-                           " (" + cudaGetErrorString(status) + ") with " + to_string(shape));
+  throw std::runtime_error(std::string("flash_ext: ") + what +
+                           " failed: " + cudaGetErrorName(status) + " (" +
+                           cudaGetErrorString(status) + ") with " + to_string(shape));
 }
 
-// The number of thread blocks as a launch takes it: all tiles lie on grid.x, whose limit is 2^31 - 1.
+// The number of thread blocks as a launch takes it: all tiles lie on grid.x, whose limit is 2^31
+// - 1.
 inline unsigned grid_size(int64_t num_blocks, const AttentionShape& shape) {
   if (num_blocks > 0x7fffffff) {
     throw std::runtime_error("flash_ext: " + std::to_string(num_blocks) +
@@ -30,6 +33,16 @@ inline unsigned grid_size(int64_t num_blocks, const AttentionShape& shape) {
                              to_string(shape));
   }
   return static_cast<unsigned>(num_blocks);
+}
+
+// What one thread block may have of the current GPU's shared memory, in bytes.
+inline int shared_memory_limit(const AttentionShape& shape) {
+  int device = 0;
+  int bytes = 0;
+  check_cuda(cudaGetDevice(&device), "cudaGetDevice", shape);
+  check_cuda(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+             "cudaDeviceGetAttribute", shape);
+  return bytes;
 }
 
 // Launches `kernel` with more than the default 48 KB of shared memory where it needs it.
@@ -40,8 +53,9 @@ void launch_kernel(void (*kernel)(Params), int64_t num_blocks, int num_threads, 
   if (num_blocks == 0) return;
   const unsigned grid = grid_size(num_blocks, shape);
   if (smem_bytes > 48 * 1024) {
-    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes),
-               name, shape);
+    check_cuda(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes), name,
+        shape);
   }
   kernel<<<grid, num_threads, smem_bytes, stream>>>(params);
   check_cuda(cudaGetLastError(), name, shape);

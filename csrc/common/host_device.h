@@ -1,4 +1,5 @@
-// One spelling for functions that run in kernels and, for the CPU kernels and unit tests, on the host.
+// One spelling for functions that run in kernels and, for the CPU kernels and unit tests, on the
+// host.
 #pragma once
 
 #ifdef __CUDACC__

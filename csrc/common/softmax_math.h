@@ -1,6 +1,7 @@
-// The scalar steps of the online softmax, shared by every kernel on every device. The CUDA kernels keep
-// logits in units of log2, x = softmax_scale * log2(e) * (q . k), so that a weight is one exp2; the CPU
-// kernels keep them in natural units, where L needs no conversion and loses nothing to one.
+// The scalar steps of the online softmax, shared by every kernel on every device. The CUDA kernels
+// keep logits in units of log2, x = softmax_scale * log2(e) * (q . k), so that a weight is one
+// exp2; the CPU kernels keep them in natural units, where L needs no conversion and loses nothing
+// to one.
 #pragma once
 
 #include <cmath>
@@ -10,7 +11,6 @@
 namespace flash_ext {
 
 inline constexpr double kLog2e = 1.4426950408889634074;
-inline constexpr double kLn2 = 0.69314718055994530942;
 
 // What q . k is multiplied by. A scale of 0 becomes 1e-30: every weight is still exactly 1, and the
 // -inf of a masked score stays -inf instead of 0 * -inf = NaN.
@@ -18,8 +18,8 @@ inline double softmax_scale_log2(double softmax_scale) {
   return softmax_scale == 0.0 ? 1e-30 : softmax_scale * kLog2e;
 }
 
-// The value that is subtracted in the exponent. A row that has seen no key yet has the maximum -inf;
-// subtracting 0 instead makes its weights exp2(-inf) = 0 where -inf - -inf would be NaN.
+// The value that is subtracted in the exponent. A row that has seen no key yet has the maximum
+// -inf; subtracting 0 instead makes its weights exp2(-inf) = 0 where -inf - -inf would be NaN.
 template <typename T>
 FLASH_HOST_DEVICE T guarded_max(T row_max) {
   return row_max == static_cast<T>(-INFINITY) ? static_cast<T>(0) : row_max;
@@ -37,14 +37,8 @@ FLASH_HOST_DEVICE T log_sum_exp(T row_max, T row_sum) {
   return row_sum > static_cast<T>(0) ? row_max + std::log(row_sum) : static_cast<T>(-INFINITY);
 }
 
-// The same in natural units from m in units of log2.
-template <typename T>
-FLASH_HOST_DEVICE T finalize_lse(T row_max_log2, T row_sum) {
-  return log_sum_exp(row_max_log2 * static_cast<T>(kLn2), row_sum);
-}
-
-// The log-sum-exp as the backward subtracts it. An empty row gets +inf, so that its recomputed weights
-// exp(x - inf) are 0.
+// The log-sum-exp as the backward subtracts it. An empty row gets +inf, so that its recomputed
+// weights exp(x - inf) are 0.
 template <typename T>
 FLASH_HOST_DEVICE T backward_lse(T lse) {
   return lse == static_cast<T>(-INFINITY) ? static_cast<T>(INFINITY) : lse;

@@ -117,7 +117,7 @@ class Backward {
         dk.fill(T{0});
         dv.fill(T{0});
 
-        const BlockRange blocks = query_blocks(mask_, key0, block_m_, keys);
+        const BlockRange blocks = query_blocks(mask_, key0, block_m_);
         for (int64_t member = 0; member < shape_.group_size(); ++member) {
           const int64_t head_idx = kv_head_idx * shape_.group_size() + member;
           for (int m_block = blocks.begin; m_block < blocks.end; ++m_block) {

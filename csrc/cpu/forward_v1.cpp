@@ -47,7 +47,7 @@ void forward_v1(const ForwardParams& params, TileShape tile) {
       for (int key0 = 0; key0 < params.mask.seqlen_k; key0 += block_n) {
         const int keys = std::min(block_n, params.mask.seqlen_k - key0);
         step.load_keys_values(batch_idx, kv_head_idx, key0, keys);
-        const BlockRange blocks = query_blocks(params.mask, key0, block_m, block_n);
+        const BlockRange blocks = query_blocks(params.mask, key0, block_m);
         for (int m_block = blocks.begin; m_block < blocks.end; ++m_block) {
           const int row0 = m_block * block_m;
           const int rows = std::min(block_m, seqlen_q - row0);

@@ -11,10 +11,11 @@ __device__ __forceinline__ uint32_t smem_addr(const void* ptr) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(ptr));
 }
 
-// Copies the first `src_bytes` (0..16) of 16 bytes and zero-fills the rest; with 0 bytes the source is
-// not read. Both addresses are multiples of 16. `.cg` keeps streamed tiles out of L1.
+// Copies the first `src_bytes` (0..16) of 16 bytes and zero-fills the rest; with 0 bytes the source
+// is not read. Both addresses are multiples of 16. `.cg` keeps streamed tiles out of L1.
 __device__ __forceinline__ void cp_async_16B_zfill(uint32_t dst, const void* src, int src_bytes) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(dst), "l"(src), "r"(src_bytes)
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;\n" ::"r"(dst), "l"(src),
+               "r"(src_bytes)
                : "memory");
 }
 

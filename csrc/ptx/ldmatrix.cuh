@@ -1,8 +1,8 @@
 // Fragment loads from shared memory. PTX ISA 9.7.14.5.15.
 //
-// One 8x8 matrix of 16-bit elements is eight rows of 16 bytes; lane i of the i-th group of eight lanes
-// names row i%8 of matrix i/8. Afterwards lane l holds, of every matrix, the 32-bit word l%4 of row l/4:
-// two 16-bit elements, or one fp32 element of an 8x4 matrix.
+// One 8x8 matrix of 16-bit elements is eight rows of 16 bytes; lane i of the i-th group of eight
+// lanes names row i%8 of matrix i/8. Afterwards lane l holds, of every matrix, the 32-bit word l%4
+// of row l/4: two 16-bit elements, or one fp32 element of an 8x4 matrix.
 #pragma once
 
 #include <cstdint>

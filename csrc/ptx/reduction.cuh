@@ -6,8 +6,8 @@ namespace flash_ext::ptx {
 // Adds four consecutive floats at a 16-byte aligned address. Hopper has one instruction for it.
 __device__ __forceinline__ void red_add_v4(float* addr, float x, float y, float z, float w) {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"l"(addr), "f"(x), "f"(y), "f"(z),
-               "f"(w)
+  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};\n" ::"l"(addr), "f"(x), "f"(y),
+               "f"(z), "f"(w)
                : "memory");
 #else
   asm volatile("red.global.add.f32 [%0], %1;\n" ::"l"(addr), "f"(x) : "memory");

@@ -1,5 +1,5 @@
-// Tiles between global and shared memory. Rows and columns outside the tensor are zero-filled on load,
-// never read: 0 * NaN of a neighbour would otherwise reach the result through P * V.
+// Tiles between global and shared memory. Rows and columns outside the tensor are zero-filled on
+// load, never read: 0 * NaN of a neighbour would otherwise reach the result through P * V.
 #pragma once
 
 #include "common/numeric.cuh"
@@ -26,8 +26,8 @@ __device__ __forceinline__ GmemRows<Element> gmem_rows(const View& view, int64_t
 }
 
 // Eight neighbouring threads move one 128-byte piece of a row, so a warp touches four whole lines.
-// With 64 threads or more, a thread's rows are a multiple of 8 apart: its swizzle never changes and its
-// addresses in shared memory differ by constants.
+// With 64 threads or more, a thread's rows are a multiple of 8 apart: its swizzle never changes and
+// its addresses in shared memory differ by constants.
 template <typename Tile, int kNumThreads>
 struct TileThread {
   static constexpr int kRowsPerPass = kNumThreads / 8;
@@ -52,9 +52,9 @@ struct TileThread {
   }
 };
 
-// The same value, of which the compiler knows nothing. Addresses derived from it are computed where they
-// are used instead of being held in registers across a loop, where the accumulators need the room:
-// without it the head_dim 128 forward spills 68 bytes.
+// The same value, of which the compiler knows nothing. Addresses derived from it are computed where
+// they are used instead of being held in registers across a loop, where the accumulators need the
+// room: without it the head_dim 128 forward spills 68 bytes.
 __device__ __forceinline__ int opaque(int x) {
   asm volatile("" : "+r"(x));
   return x;

@@ -11,14 +11,16 @@
 
 namespace flash_ext::sm80 {
 
-// The order in which fp32 rows enter a k-step; see Mma<float>::from_accumulator. 16-bit operands have
-// the same order either way.
-enum class KOrder { kNatural, kAccumulator };
+// The order in which fp32 rows enter an MN-major operand. Paired rows 2t, 2t+1 are what an
+// accumulator holds (Mma<float>::from_accumulator) and meet no bank conflicts; the natural order t,
+// t+4 is what ldmatrix gives a K-major partner, and meets two-way ones. 16-bit operands have one
+// order.
+enum class KOrder { kNatural, kPaired };
 
-// The address a lane passes to ldmatrix, moved by compile-time constants. Rows move in multiples of 8,
-// so the row's swizzle is the lane's own. Chunks move within a power of two that the lane's first chunk
-// is aligned to (or differs from by its lowest bit), so adding is XOR, and XOR commutes with the
-// swizzle: one LOP3 a step, the rest is the instruction's immediate offset.
+// The address a lane passes to ldmatrix, moved by compile-time constants. Rows move in multiples of
+// 8, so the row's swizzle is the lane's own. Chunks move within a power of two that the lane's
+// first chunk is aligned to (or differs from by its lowest bit), so adding is XOR, and XOR commutes
+// with the swizzle: one LOP3 a step, the rest is the instruction's immediate offset.
 template <typename Tile>
 struct LaneAddress {
   uint32_t first;
@@ -31,14 +33,6 @@ struct LaneAddress {
   }
 };
 
-// The word of one element of a 32-bit tile.
-template <typename Tile>
-__device__ __forceinline__ LaneAddress<Tile> word_address(const Tile& tile, int row, int col) {
-  LaneAddress<Tile> address(tile, row, col / 4);
-  address.first += col % 4 * 4;
-  return address;
-}
-
 template <typename Tile>
 struct KMajorA {
   using M = Mma<typename Tile::Element>;
@@ -47,9 +41,14 @@ struct KMajorA {
       : lane(tile, m0 + lane_idx % 16, lane_idx / 16) {}
   // Rows m0 + 16 m .. + 15, k-step k.
   __device__ __forceinline__ typename M::FragmentA load(int m, int k) const {
-    uint32_t r[4];
-    ptx::ldmatrix_x4(r, lane.at(16 * m, 2 * k));
-    return M::make_a(r);
+    typename M::FragmentA a;
+#pragma unroll
+    for (int piece = 0; piece < M::kPieces; ++piece) {
+      uint32_t r[4];
+      ptx::ldmatrix_x4(r, lane.at(16 * m, 2 * (M::kPieces * k + piece)));
+      a.set(piece, r);
+    }
+    return a;
   }
 };
 
@@ -61,14 +60,17 @@ struct KMajorB {
       : lane(tile, n0 + lane_idx % 8 + lane_idx / 16 * 8, lane_idx / 8 % 2) {}
   // Columns n0 + 16 n .. + 15 as two fragments.
   __device__ __forceinline__ void load(typename M::FragmentB (&b)[2], int n, int k) const {
-    uint32_t r[4];
-    ptx::ldmatrix_x4(r, lane.at(16 * n, 2 * k));
-    b[0] = M::make_b(r[0], r[1]);
-    b[1] = M::make_b(r[2], r[3]);
+#pragma unroll
+    for (int piece = 0; piece < M::kPieces; ++piece) {
+      uint32_t r[4];
+      ptx::ldmatrix_x4(r, lane.at(16 * n, 2 * (M::kPieces * k + piece)));
+      b[0].set(piece, r[0], r[1]);
+      b[1].set(piece, r[2], r[3]);
+    }
   }
 };
 
-template <typename Tile, typename Element = typename Tile::Element>
+template <typename Tile, KOrder kOrder, typename Element = typename Tile::Element>
 struct MNMajorA {
   using M = Mma<Element>;
   LaneAddress<Tile> lane;
@@ -76,8 +78,10 @@ struct MNMajorA {
       : lane(tile, lane_idx % 8 + lane_idx / 16 * 8, m0 / Tile::kChunk + lane_idx / 8 % 2) {}
   __device__ __forceinline__ typename M::FragmentA load(int m, int k) const {
     uint32_t r[4];
-    ptx::ldmatrix_x4_trans(r, lane.at(16 * k, 2 * m));
-    return M::make_a(r);
+    ptx::ldmatrix_x4_trans(r, lane.at(kMmaK * k, 2 * m));
+    typename M::FragmentA a;
+    a.set(0, r);
+    return a;
   }
 };
 
@@ -90,43 +94,66 @@ struct MNMajorB {
       : lane(tile, k0 + lane_idx % 16, n0 / Tile::kChunk + lane_idx / 16) {}
   __device__ __forceinline__ void load(typename M::FragmentB (&b)[2], int n, int k) const {
     uint32_t r[4];
-    ptx::ldmatrix_x4_trans(r, lane.at(16 * k, 2 * n));
-    b[0] = M::make_b(r[0], r[1]);
-    b[1] = M::make_b(r[2], r[3]);
+    ptx::ldmatrix_x4_trans(r, lane.at(kMmaK * k, 2 * n));
+    b[0].set(0, r[0], r[1]);
+    b[1].set(0, r[2], r[3]);
   }
 };
 
-// fp32 has no transposing ldmatrix: word by word. Natural order meets two-way bank conflicts.
-template <typename Tile>
-struct MNMajorA<Tile, float> {
+// fp32 has no transposing ldmatrix: the words of rows k and k' of a lane one by one.
+template <typename Tile, KOrder kOrder>
+struct WordRows {
+  LaneAddress<Tile> first, second;
+
+  __device__ __forceinline__ WordRows(const Tile& tile, int k0, int col0, int lane_idx)
+      : first(word(tile, k0 + lane_idx % 4 * (kOrder == KOrder::kPaired ? 2 : 1),
+                   col0 + lane_idx / 4)),
+        second(word(tile,
+                    k0 + (kOrder == KOrder::kPaired ? lane_idx % 4 * 2 + 1 : lane_idx % 4 + 4),
+                    col0 + lane_idx / 4)) {}
+
+  __device__ static __forceinline__ LaneAddress<Tile> word(const Tile& tile, int row, int col) {
+    LaneAddress<Tile> address(tile, row, col / 4);
+    address.first += col % 4 * 4;
+    return address;
+  }
+};
+
+template <typename Tile, KOrder kOrder>
+struct MNMajorA<Tile, kOrder, float> {
   using M = Mma<float>;
-  LaneAddress<Tile> lane[2];  // k and k + 4
+  WordRows<Tile, kOrder> words;
   __device__ __forceinline__ MNMajorA(const Tile& tile, int m0, int lane_idx)
-      : lane{word_address(tile, lane_idx % 4, m0 + lane_idx / 4),
-             word_address(tile, lane_idx % 4 + 4, m0 + lane_idx / 4)} {}
-  __device__ __forceinline__ typename M::FragmentA load(int m, int k) const {
-    uint32_t r[4];
+      : words(tile, 0, m0, lane_idx) {}
+  __device__ __forceinline__ M::FragmentA load(int m, int k) const {
+    M::FragmentA a;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) r[i] = ptx::ld_shared_b32(lane[i / 2].at(8 * k, 4 * m + i % 2 * 2));
-    return M::make_a(r);
+    for (int piece = 0; piece < M::kPieces; ++piece) {
+      const int row = kMmaK * k + 8 * piece;
+      a.set(piece, {ptx::ld_shared_b32(words.first.at(row, 4 * m)),
+                    ptx::ld_shared_b32(words.first.at(row, 4 * m + 2)),
+                    ptx::ld_shared_b32(words.second.at(row, 4 * m)),
+                    ptx::ld_shared_b32(words.second.at(row, 4 * m + 2))});
+    }
+    return a;
   }
 };
 
 template <typename Tile, KOrder kOrder>
 struct MNMajorB<Tile, kOrder, float> {
   using M = Mma<float>;
-  static constexpr bool kPermuted = kOrder == KOrder::kAccumulator;
-  LaneAddress<Tile> lane[2];
-  static constexpr int kStep = kPermuted ? 2 : 1;
-  static constexpr int kSecond = kPermuted ? 1 : 4;
+  WordRows<Tile, kOrder> words;
   __device__ __forceinline__ MNMajorB(const Tile& tile, int n0, int lane_idx, int k0 = 0)
-      : lane{word_address(tile, k0 + lane_idx % 4 * kStep, n0 + lane_idx / 4),
-             word_address(tile, k0 + lane_idx % 4 * kStep + kSecond, n0 + lane_idx / 4)} {}
-  __device__ __forceinline__ void load(typename M::FragmentB (&b)[2], int n, int k) const {
+      : words(tile, k0, n0, lane_idx) {}
+  __device__ __forceinline__ void load(M::FragmentB (&b)[2], int n, int k) const {
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      b[i] = M::make_b(ptx::ld_shared_b32(lane[0].at(8 * k, 4 * n + 2 * i)),
-                       ptx::ld_shared_b32(lane[1].at(8 * k, 4 * n + 2 * i)));
+    for (int piece = 0; piece < M::kPieces; ++piece) {
+      const int row = kMmaK * k + 8 * piece;
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        b[i].set(piece, ptx::ld_shared_b32(words.first.at(row, 4 * n + 2 * i)),
+                 ptx::ld_shared_b32(words.second.at(row, 4 * n + 2 * i)));
+      }
     }
   }
 };

@@ -1,7 +1,8 @@
 // A row-major tile in shared memory, swizzled so that neither ldmatrix nor 16-byte copies conflict.
 //
-// Rows are cut into 16-byte chunks; chunk c of row r lies at chunk c ^ (r % 8). Eight rows of one chunk
-// column, which is what ldmatrix reads at once, thus hit eight different groups of four banks:
+// Rows are cut into 16-byte chunks; chunk c of row r lies at chunk c ^ (r % 8). Eight rows of one
+// chunk column, which is what ldmatrix reads at once, thus hit eight different groups of four
+// banks:
 //
 //   row 0:  0 1 2 3 4 5 6 7      row 2:  2 3 0 1 6 7 4 5
 //   row 1:  1 0 3 2 5 4 7 6      row 3:  3 2 1 0 7 6 5 4   ...

@@ -1,4 +1,5 @@
-// A warp's share of a matrix product: acc[m][n] is the 16x8 tile m, n of the warp's rows and columns.
+// A warp's share of a matrix product: acc[m][n] is the 16x8 tile m, n of the warp's rows and
+// columns.
 #pragma once
 
 #include "sm80/operand.cuh"
@@ -41,10 +42,11 @@ __device__ __forceinline__ void warp_gemm(float (&acc)[kM][kN][4], const A& a_op
 // acc += A B where A is the accumulator of an earlier product, rounded to Element.
 template <typename Element, int kM, int kN, int kNA, typename B>
 __device__ __forceinline__ void warp_gemm_acc(float (&acc)[kM][kN][4],
-                                              const float (&acc_a)[kM][kNA][4], const B& b_operand) {
+                                              const float (&acc_a)[kM][kNA][4],
+                                              const B& b_operand) {
   using M = Mma<Element>;
 #pragma unroll
-  for (int k = 0; k < kNA * 8 / M::kK; ++k) {
+  for (int k = 0; k < kNA * 8 / kMmaK; ++k) {
     typename M::FragmentA a[kM];
 #pragma unroll
     for (int m = 0; m < kM; ++m) a[m] = M::from_accumulator(acc_a[m], k);
@@ -63,8 +65,8 @@ __device__ __forceinline__ void warp_gemm_acc(float (&acc)[kM][kN][4],
 
 // Rounds a warp's accumulator into a tile in shared memory, at row0, col0.
 template <typename Tile, int kM, int kN>
-__device__ __forceinline__ void store_accumulator(Tile& tile, const float (&acc)[kM][kN][4], int row0,
-                                                  int col0, int lane_idx) {
+__device__ __forceinline__ void store_accumulator(Tile& tile, const float (&acc)[kM][kN][4],
+                                                  int row0, int col0, int lane_idx) {
   using Element = typename Tile::Element;
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
@@ -75,6 +77,27 @@ __device__ __forceinline__ void store_accumulator(Tile& tile, const float (&acc)
       for (int n = 0; n < kN; ++n) {
         store_pair(&tile.at(row, col0 + 8 * n + lane_idx % 4 * 2), acc[m][n][2 * half],
                    acc[m][n][2 * half + 1]);
+      }
+    }
+  }
+}
+
+// The reverse, for a tile whose elements need no conversion.
+template <typename Tile, int kM, int kN>
+__device__ __forceinline__ void load_accumulator(float (&acc)[kM][kN][4], Tile& tile, int row0,
+                                                 int col0, int lane_idx) {
+  static_assert(sizeof(typename Tile::Element) == sizeof(float), "fp32 tiles only");
+#pragma unroll
+  for (int m = 0; m < kM; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = row0 + 16 * m + 8 * half + lane_idx / 4;
+#pragma unroll
+      for (int n = 0; n < kN; ++n) {
+        const float2 x =
+            *reinterpret_cast<const float2*>(&tile.at(row, col0 + 8 * n + lane_idx % 4 * 2));
+        acc[m][n][2 * half] = x.x;
+        acc[m][n][2 * half + 1] = x.y;
       }
     }
   }

@@ -11,9 +11,9 @@
 //   12.     O_i = diag(l_new)^-1 (diag(l_i) e^(m_i - m_new) O_i + e^(m~ - m_new) P~ V_j)
 //   13.     l_i = l_new, m_i = m_new
 //
-// Each warp computes a slice of S's columns, so line 10 needs the other warps' maxima and line 12 the
-// sum of their products: both go through shared memory. That, the round trip of O through HBM, and the
-// single thread block per head are what v2 does away with.
+// Each warp computes a slice of S's columns, so line 10 needs the other warps' maxima and line 12
+// the sum of their products: both go through shared memory. That, the round trip of O through HBM,
+// and the single thread block per head are what v2 does away with.
 #pragma once
 
 #include "common/block_range.h"
@@ -60,12 +60,13 @@ __device__ __forceinline__ void initialize(const State& state, int seqlen_q, int
   }
 }
 
-// Line 10, this warp's columns: S becomes P~ relative to the row maximum of all warps, which is left in
-// partial_max[0]; the warp's share of l~ goes to partial_sum.
+// Line 10, this warp's rows and columns: S becomes P~ relative to the row maximum of all slices;
+// the slice's maxima and its share of l~ stay in shared memory. `row0`: the thread's first row of
+// the tile.
 template <typename Config, int kM, int kN>
 __device__ __forceinline__ void softmax_block(typename Config::SharedStorage& smem,
                                               float (&acc_s)[kM][kN][4], float scale_log2,
-                                              int warp_idx, int lane_idx) {
+                                              int slice, int row0, int lane_idx) {
 #pragma unroll
   for (int m = 0; m < kM; ++m) {
 #pragma unroll
@@ -76,7 +77,7 @@ __device__ __forceinline__ void softmax_block(typename Config::SharedStorage& sm
         row_max = fmaxf(row_max, fmaxf(acc_s[m][n][2 * half], acc_s[m][n][2 * half + 1]));
       }
       row_max = quad_max(row_max);
-      if (lane_idx % 4 == 0) smem.partial_max[warp_idx][16 * m + 8 * half + lane_idx / 4] = row_max;
+      if (lane_idx % 4 == 0) smem.partial_max[slice][row0 + 16 * m + 8 * half] = row_max;
     }
   }
   __syncthreads();
@@ -84,29 +85,30 @@ __device__ __forceinline__ void softmax_block(typename Config::SharedStorage& sm
   for (int m = 0; m < kM; ++m) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = 16 * m + 8 * half + lane_idx / 4;
+      const int row = row0 + 16 * m + 8 * half;
       float row_max = smem.partial_max[0][row];
 #pragma unroll
-      for (int w = 1; w < Config::kNumWarps; ++w) row_max = fmaxf(row_max, smem.partial_max[w][row]);
-      const float max_log2 = guarded_max(row_max) * scale_log2;
+      for (int w = 1; w < Config::kKeyWarps; ++w)
+        row_max = fmaxf(row_max, smem.partial_max[w][row]);
+      const ExponentBase base(row_max, scale_log2);
       float row_sum = 0.f;
 #pragma unroll
       for (int n = 0; n < kN; ++n) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           float& s = acc_s[m][n][2 * half + i];
-          s = ptx::exp2_approx(__fmaf_rn(s, scale_log2, -max_log2));
+          s = ptx::exp2_approx(__fmaf_rn(s - base.shift, scale_log2, -base.max_log2));
           row_sum += s;
         }
       }
       row_sum = quad_sum(row_sum);
-      if (lane_idx % 4 == 0) smem.partial_sum[warp_idx][row] = row_sum;
+      if (lane_idx % 4 == 0) smem.partial_sum[slice][row] = row_sum;
     }
   }
 }
 
-// Line 8 for l and m: one thread a row, early, so that the trip to memory is over when lines 11 to 13
-// need them.
+// Line 8 for l and m: one thread a row, early, so that the trip to memory is over when lines 11 to
+// 13 need them.
 template <typename Config>
 struct RowState {
   static_assert(Config::kBlockM <= Config::kNumThreads, "one thread a row");
@@ -115,27 +117,29 @@ struct RowState {
   float old_sum;
 
   __device__ __forceinline__ RowState(const State& state, int m0, int seqlen_q, int thread_idx)
-      : row(thread_idx < Config::kBlockM && m0 + thread_idx < seqlen_q ? thread_idx : Config::kBlockM) {
+      : row(thread_idx < Config::kBlockM && m0 + thread_idx < seqlen_q ? thread_idx
+                                                                       : Config::kBlockM) {
     if (row == Config::kBlockM) return;
     old_max = state.m[m0 + row];
     old_sum = state.l[m0 + row];
   }
 
-  // Lines 11 and 13, and the two factors of line 12, which take the place of warp 0's maximum and sum.
+  // Lines 11 and 13, and the two factors of line 12, which take the place of the first slice's
+  // maximum and sum.
   __device__ __forceinline__ void update(typename Config::SharedStorage& smem, const State& state,
                                          int m0, float scale_log2) const {
     if (row == Config::kBlockM) return;
     float block_max = smem.partial_max[0][row];
     float block_sum = smem.partial_sum[0][row];
 #pragma unroll
-    for (int w = 1; w < Config::kNumWarps; ++w) {
+    for (int w = 1; w < Config::kKeyWarps; ++w) {
       block_max = fmaxf(block_max, smem.partial_max[w][row]);
       block_sum += smem.partial_sum[w][row];
     }
     const float new_max = fmaxf(old_max, block_max);
-    const float new_max_log2 = guarded_max(new_max) * scale_log2;
-    const float rescaled_sum = ptx::exp2_approx(old_max * scale_log2 - new_max_log2) * old_sum;
-    const float block_factor = ptx::exp2_approx(block_max * scale_log2 - new_max_log2);
+    const ExponentBase base(new_max, scale_log2);
+    const float rescaled_sum = base.rescale(old_max, scale_log2) * old_sum;
+    const float block_factor = base.rescale(block_max, scale_log2);
     const float new_sum = rescaled_sum + block_factor * block_sum;
     const float inverse = inverse_sum(new_sum);
     smem.partial_max[0][row] = rescaled_sum * inverse;
@@ -145,8 +149,9 @@ struct RowState {
   }
 };
 
-// kJoinRows rows of O_i, from row0 of the tile, as float4s spread over the thread block. A thread holds
-// few of them at a time: the warp's product of the same rows takes up to half of its registers.
+// The rows of O_i that are joined together, 16 of each row warp, as float4s spread over the thread
+// block. A thread holds few of them at a time: the warp's product of the same rows takes up to half
+// of its registers.
 template <typename Config>
 struct OutputRows {
   static constexpr int kRowVectors = Config::kHeadDim / 4;
@@ -154,16 +159,19 @@ struct OutputRows {
   static constexpr int kHeld = kVectors < 4 ? kVectors : 4;
 
   const State& state;
-  int m0, row0, seqlen_q, thread_idx;
+  int m0, slab, seqlen_q, thread_idx;
   float4 old[kHeld];
 
-  __device__ __forceinline__ int row(int i) const {
-    return row0 + (thread_idx + i * Config::kNumThreads) / kRowVectors;
+  __device__ __forceinline__ int join_row(int i) const {
+    return (thread_idx + i * Config::kNumThreads) / kRowVectors;
+  }
+  __device__ __forceinline__ int row(int i) const {  // of the tile
+    return join_row(i) / 16 * Config::kWarpRows + slab * 16 + join_row(i) % 16;
   }
   __device__ __forceinline__ int col() const { return thread_idx % kRowVectors * 4; }
   __device__ __forceinline__ float4* address(int i) const {
-    return reinterpret_cast<float4*>(state.o + static_cast<int64_t>(m0 + row(i)) * Config::kHeadDim +
-                                     col());
+    return reinterpret_cast<float4*>(state.o +
+                                     static_cast<int64_t>(m0 + row(i)) * Config::kHeadDim + col());
   }
 
   // Line 8 for O: starts reading the vectors from `first` on.
@@ -185,8 +193,9 @@ struct OutputRows {
         if (m0 + r >= seqlen_q) continue;
         float4 pv = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
-        for (int w = 0; w < Config::kNumWarps; ++w) {
-          const float4 x = *reinterpret_cast<const float4*>(&smem.partial_o[w][r - row0][col()]);
+        for (int w = 0; w < Config::kKeyWarps; ++w) {
+          const float4 x =
+              *reinterpret_cast<const float4*>(&smem.partial_o[w][join_row(first + i)][col()]);
           pv = make_float4(pv.x + x.x, pv.y + x.y, pv.z + x.z, pv.w + x.w);
         }
         const float a = smem.partial_max[0][r];
@@ -201,12 +210,14 @@ struct OutputRows {
 // Leaves O in the tensor's type and L = m + log l.
 template <typename Config>
 __device__ __forceinline__ void finish(const State& state,
-                                       const sm80::GmemRows<typename Config::Element>& out, float* lse,
-                                       int seqlen_q, float scale_log2, int thread_idx) {
+                                       const sm80::GmemRows<typename Config::Element>& out,
+                                       float* lse, int seqlen_q, float scale_natural,
+                                       int thread_idx) {
   constexpr int kRowVectors = Config::kHeadDim / 4;
   const int col = thread_idx % kRowVectors * 4;
 #pragma unroll 8
-  for (int row = thread_idx / kRowVectors; row < seqlen_q; row += Config::kNumThreads / kRowVectors) {
+  for (int row = thread_idx / kRowVectors; row < seqlen_q;
+       row += Config::kNumThreads / kRowVectors) {
     const float4 o = *reinterpret_cast<const float4*>(
         state.o + static_cast<int64_t>(row) * Config::kHeadDim + col);
     const float values[4] = {o.x, o.y, o.z, o.w};
@@ -217,28 +228,29 @@ __device__ __forceinline__ void finish(const State& state,
     }
   }
   for (int row = thread_idx; row < seqlen_q; row += Config::kNumThreads) {
-    lse[row] = finalize_lse(state.m[row] * scale_log2, state.l[row]);
+    lse[row] = log_sum_exp(state.m[row] * scale_natural, state.l[row]);
   }
 }
 
 template <typename Config>
-__global__ void __launch_bounds__(Config::kNumThreads)
+__global__ void __launch_bounds__(Config::kNumThreads, Config::kMinBlocks)
     forward_kernel(const __grid_constant__ KernelParams p) {
   using Element = typename Config::Element;
   constexpr int kBlockM = Config::kBlockM;
   constexpr int kBlockN = Config::kBlockN;
   constexpr int kHeadDim = Config::kHeadDim;
   constexpr int kNumThreads = Config::kNumThreads;
-  constexpr int kJoinM = Config::kJoinRows / 16;
-  constexpr int kStepsD = kHeadDim / sm80::Mma<Element>::kK;
-  using VOperand = sm80::MNMajorB<typename Config::KVTile, sm80::KOrder::kAccumulator>;
+  constexpr int kStepsD = kHeadDim / sm80::kMmaK;
+  using VOperand = sm80::MNMajorB<typename Config::KVTile, sm80::KOrder::kPaired>;
   extern __shared__ __align__(128) char smem_bytes[];
   auto& smem = *reinterpret_cast<typename Config::SharedStorage*>(smem_bytes);
 
   const int thread_idx = threadIdx.x;
   const int lane_idx = thread_idx % 32;
-  const int warp_idx = thread_idx / 32;
-  const int warp_col0 = warp_idx * Config::kWarpCols;
+  const int slice = thread_idx / 32 % Config::kKeyWarps;
+  const int row_warp = thread_idx / 32 / Config::kKeyWarps;
+  const int warp_col0 = slice * Config::kWarpCols;
+  const int warp_row0 = row_warp * Config::kWarpRows;
   const int batch_idx = blockIdx.x / p.heads_q;
   const int head_idx = blockIdx.x % p.heads_q;
   const int kv_head_idx = head_idx / p.group_size;
@@ -252,7 +264,7 @@ __global__ void __launch_bounds__(Config::kNumThreads)
 
   initialize<Config>(state, seqlen_q, thread_idx);
   for (int n0 = 0; n0 < seqlen_k; n0 += kBlockN) {
-    const BlockRange blocks = query_blocks(p.mask, n0, kBlockM, kBlockN);
+    const BlockRange blocks = query_blocks(p.mask, n0, kBlockM);
     auto load_q = [&](int m_block) {
       sm80::load_tile<kNumThreads>(smem.q[m_block % 2], q_gmem, m_block * kBlockM, seqlen_q,
                                    thread_idx);
@@ -270,49 +282,46 @@ __global__ void __launch_bounds__(Config::kNumThreads)
       if (m_block + 1 < blocks.end) load_q(m_block + 1);
       const RowState<Config> rows(state, m0, seqlen_q, thread_idx);
 
-      float acc_s[kBlockM / 16][Config::kWarpCols / 8][4];
+      float acc_s[Config::kWarpRows / 16][Config::kWarpCols / 8][4];
       sm80::clear(acc_s);
-      sm80::warp_gemm<kStepsD>(acc_s, sm80::KMajorA(smem.q[m_block % 2], 0, lane_idx),
+      sm80::warp_gemm<kStepsD>(acc_s, sm80::KMajorA(smem.q[m_block % 2], warp_row0, lane_idx),
                                sm80::KMajorB(smem.k, warp_col0, lane_idx));
       p.scale.apply_sign(acc_s);
       if (!block_is_full(p.mask, m0, n0, kBlockN)) {
-        apply_mask(acc_s, p.mask, m0 + lane_idx / 4, n0 + warp_col0 + lane_idx % 4 * 2);
+        apply_mask(acc_s, p.mask, m0 + warp_row0 + lane_idx / 4, n0 + warp_col0 + lane_idx % 4 * 2);
       }
-      softmax_block<Config>(smem, acc_s, p.scale.log2, warp_idx, lane_idx);
+      softmax_block<Config>(smem, acc_s, p.scale.log2, slice, warp_row0 + lane_idx / 4, lane_idx);
 #pragma unroll
-      for (int m = 0; m < kBlockM / 16; m += kJoinM) {
-        OutputRows<Config> output{state, m0, 16 * m, seqlen_q, thread_idx};
+      for (int slab = 0; slab < Config::kWarpRows / 16; ++slab) {
+        OutputRows<Config> output{state, m0, slab, seqlen_q, thread_idx};
         output.load(0);
-        float acc_o[kJoinM][kHeadDim / 8][4];
+        float acc_o[1][kHeadDim / 8][4];
         sm80::clear(acc_o);
         sm80::warp_gemm_acc<Element>(
-            acc_o, reinterpret_cast<const float(&)[kJoinM][Config::kWarpCols / 8][4]>(acc_s[m]),
+            acc_o, reinterpret_cast<const float (&)[1][Config::kWarpCols / 8][4]>(acc_s[slab]),
             VOperand(smem.v, 0, lane_idx, warp_col0));
 #pragma unroll
-        for (int i = 0; i < kJoinM; ++i) {
+        for (int half = 0; half < 2; ++half) {
+          float* row = smem.partial_o[slice][row_warp * 16 + 8 * half + lane_idx / 4];
 #pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            float* row = smem.partial_o[warp_idx][16 * i + 8 * half + lane_idx / 4];
-#pragma unroll
-            for (int n = 0; n < kHeadDim / 8; ++n) {
-              store_pair(row + 8 * n + lane_idx % 4 * 2, acc_o[i][n][2 * half],
-                         acc_o[i][n][2 * half + 1]);
-            }
+          for (int n = 0; n < kHeadDim / 8; ++n) {
+            store_pair(row + 8 * n + lane_idx % 4 * 2, acc_o[0][n][2 * half],
+                       acc_o[0][n][2 * half + 1]);
           }
         }
         __syncthreads();  // the warps' products, maxima and sums are complete
-        if (m == 0) {
+        if (slab == 0) {
           rows.update(smem, state, m0, p.scale.log2);
           __syncthreads();
         }
         output.update(smem);
-        if (m + kJoinM < kBlockM / 16) __syncthreads();  // partial_o is read
+        if (slab + 1 < Config::kWarpRows / 16) __syncthreads();  // partial_o is read
       }
     }
   }
   __syncthreads();
   finish<Config>(state, sm80::gmem_rows<Element>(p.out, batch_idx, head_idx, p.head_dim),
-                 p.lse + row_base, seqlen_q, p.scale.log2, thread_idx);
+                 p.lse + row_base, seqlen_q, p.scale.natural, thread_idx);
 }
 
 }  // namespace flash_ext::v1

@@ -5,15 +5,15 @@
 
 namespace flash_ext::v2 {
 
-// How many thread blocks one sequence yields decides their shape. One sequence, not the batch: a row's
-// bits must not depend on its batch-mates.
+// How many thread blocks one sequence yields decides their shape. One sequence, not the batch: a
+// row's bits must not depend on its batch-mates.
 enum class Grid {
   kFull,
   kSmall,  // too few to fill the GPU: smaller tiles, and several warps to a row
 };
 
-// The warps of a thread block split the query rows. With more than one key group they also split the
-// keys of every block, each group with a softmax of its own, joined once at the end.
+// The warps of a thread block split the query rows. With more than one key group they also split
+// the keys of every block, each group with a softmax of its own, joined once at the end.
 template <int kBlockM_, int kBlockN_, int kKeyGroups_ = 1>
 struct Shape {
   static constexpr int kBlockM = kBlockM_;
@@ -23,14 +23,16 @@ struct Shape {
 
 // 16-bit elements, full grid: 32 query rows a warp let every K and V fragment serve two row tiles,
 // which halves the shared-memory traffic; at head_dim 256 the accumulator leaves room for 16.
-// H200, bf16, batch x heads x seqlen 2x32x8192, d=64, against torch's flash: 128x128 1.05, 128x64 0.92.
-// 2x16x8192, d=128: 128x64 1.02, 128x32 0.91, 64x64 0.89. 2x8x8192, d=256: 64x64 0.97, 128x64 0.86.
+// H200, bf16, batch x heads x seqlen 2x32x8192, d=64, against torch's flash: 128x128 1.08, 128x64
+// 0.92. 4x1x1024, d=64: 32x256 in four key groups takes 10.5 us, 32x128 in four 12.2, 64x256 in
+// four 15.7, 64x64 in one 17.6 (fp16; torch's best backend 13.1). 2x16x8192, d=128: 128x64 1.02,
+// 128x32 0.91, 64x64 0.89. 2x8x8192, d=256: 64x64 0.97, 128x64 0.86.
 template <int kElementBytes, int kHeadDim, Grid kGrid>
 struct TileShape;
 template <>
 struct TileShape<2, 64, Grid::kFull> : Shape<128, 128> {};
 template <>
-struct TileShape<2, 64, Grid::kSmall> : Shape<64, 256, 4> {};
+struct TileShape<2, 64, Grid::kSmall> : Shape<32, 256, 4> {};
 template <>
 struct TileShape<2, 128, Grid::kFull> : Shape<128, 64> {};
 template <>
@@ -38,12 +40,16 @@ struct TileShape<2, 128, Grid::kSmall> : Shape<64, 128, 2> {};
 template <Grid kGrid>
 struct TileShape<2, 256, kGrid> : Shape<64, 64> {};
 
-// fp32: a product is three tensor-core instructions and a dozen others, a long chain for one warp, so
-// the keys are always shared between warps.
-template <Grid kGrid>
-struct TileShape<4, 64, kGrid> : Shape<64, 128, 4> {};
-template <Grid kGrid>
-struct TileShape<4, 128, kGrid> : Shape<64, 64, 2> {};
+// fp32. H200, 4x1x1024, d=64: 32x128 in four key groups takes 32 us, 64x128 in four 52, 64x64 in
+// one 90. 8x32x2048, d=64: 64x64 in one group 5.3 ms, 64x128 in four 6.2.
+template <>
+struct TileShape<4, 64, Grid::kFull> : Shape<64, 64> {};
+template <>
+struct TileShape<4, 64, Grid::kSmall> : Shape<32, 128, 4> {};
+template <>
+struct TileShape<4, 128, Grid::kFull> : Shape<64, 32> {};
+template <>
+struct TileShape<4, 128, Grid::kSmall> : Shape<32, 64, 4> {};
 template <Grid kGrid>
 struct TileShape<4, 256, kGrid> : Shape<32, 32, 2> {};
 

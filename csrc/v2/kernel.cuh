@@ -1,7 +1,7 @@
 // v2 forward: Algorithm 1 of FlashAttention-2 (Dao 2023, arXiv 2307.08691) on mma.sync.
 //
-// One thread block owns a tile of query rows and walks over the K/V blocks; each warp owns whole rows,
-// so no warp needs another's maximum or sum on the way.
+// One thread block owns a tile of query rows and walks over the K/V blocks; each warp owns whole
+// rows, so no warp needs another's maximum or sum on the way.
 //   1. load Q, start K_0
 //   2. for every visible K/V block j:
 //   3.   S = Q K_j^T             meanwhile V_j arrives
@@ -40,7 +40,7 @@ struct WarpTile {
   static constexpr int kM = Config::kWarpRows / 16;
   static constexpr int kNS = Config::kWarpKeys / 8;
   static constexpr int kNO = Config::kHeadDim / 8;
-  static constexpr int kStepsD = Config::kHeadDim / sm80::Mma<Element>::kK;
+  static constexpr int kStepsD = Config::kHeadDim / sm80::kMmaK;
 
   int lane_idx;
   int row0;       // this warp's first row of the tile
@@ -76,8 +76,7 @@ struct WarpTile {
     }
     softmax.update(acc_s, acc_o, p.scale.log2);
     sm80::warp_gemm_acc<Element>(
-        acc_o, acc_s,
-        sm80::MNMajorB<KVTile, sm80::KOrder::kAccumulator>(smem.v, 0, lane_idx, key0));
+        acc_o, acc_s, sm80::MNMajorB<KVTile, sm80::KOrder::kPaired>(smem.v, 0, lane_idx, key0));
   }
 
   // Step 7: group 0 takes over what the others have summed. They leave it in the order of their
@@ -86,7 +85,8 @@ struct WarpTile {
                                                   float scale_log2) {
     constexpr int kGroupThreads = Config::kRowWarps * 32;
     constexpr int kVectors = kM * kNO + kM;  // O, then m and l
-    auto* shared = reinterpret_cast<float4*>(smem.k.bytes()) + row0 / Config::kWarpRows * 32 + lane_idx;
+    auto* shared =
+        reinterpret_cast<float4*>(smem.k.bytes()) + row0 / Config::kWarpRows * 32 + lane_idx;
     __syncthreads();  // nobody reads K and V any more
     if (key_group > 0) {
       float4* to = shared + (key_group - 1) * kVectors * kGroupThreads;
@@ -94,7 +94,7 @@ struct WarpTile {
       for (int m = 0; m < kM; ++m) {
 #pragma unroll
         for (int n = 0; n < kNO; ++n) {
-          const float(&o)[4] = acc_o[m][n];
+          const float (&o)[4] = acc_o[m][n];
           to[(m * kNO + n) * kGroupThreads] = make_float4(o[0], o[1], o[2], o[3]);
         }
         to[(kM * kNO + m) * kGroupThreads] =
@@ -115,7 +115,7 @@ struct WarpTile {
 #pragma unroll
         for (int n = 0; n < kNO; ++n) {
           const float4 o = from[(m * kNO + n) * kGroupThreads];
-          float(&acc)[4] = acc_o[m][n];
+          float (&acc)[4] = acc_o[m][n];
           acc[0] = acc[0] * rescale0.x + o.x * rescale0.y;
           acc[1] = acc[1] * rescale0.x + o.y * rescale0.y;
           acc[2] = acc[2] * rescale1.x + o.z * rescale1.y;
@@ -127,8 +127,8 @@ struct WarpTile {
 
   // Step 8: L to memory, O to shared memory in Q's place; each warp overwrites only its own rows.
   __device__ __forceinline__ void finish(typename Config::SharedStorage& smem, float* lse, int m0,
-                                         int seqlen_q, float scale_log2) {
-    softmax.finalize(acc_o, scale_log2);
+                                         int seqlen_q, float scale_natural) {
+    softmax.finalize(acc_o, scale_natural);
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
 #pragma unroll
@@ -143,7 +143,7 @@ struct WarpTile {
 };
 
 template <typename Config>
-__global__ void __launch_bounds__(Config::kNumThreads)
+__global__ void __launch_bounds__(Config::kNumThreads, 1)
     forward_kernel(const __grid_constant__ KernelParams p) {
   using Element = typename Config::Element;
   constexpr int kBlockM = Config::kBlockM;
@@ -191,7 +191,8 @@ __global__ void __launch_bounds__(Config::kNumThreads)
   }
   if constexpr (Config::kKeyGroups > 1) warp.join_key_groups(smem, p.scale.log2);
   if (warp.key_group == 0) {
-    warp.finish(smem, p.lse + static_cast<int64_t>(batch_head) * seqlen_q, m0, seqlen_q, p.scale.log2);
+    warp.finish(smem, p.lse + static_cast<int64_t>(batch_head) * seqlen_q, m0, seqlen_q,
+                p.scale.natural);
   }
   __syncthreads();
   sm80::store_tile<kNumThreads>(sm80::gmem_rows<Element>(p.out, batch_idx, head_idx, p.head_dim),
