@@ -118,7 +118,9 @@ def test_shifting_all_keys_leaves_dq(device, dtype, causal):
     q = torch.sign(q)
     dq = forward_backward(q, k, v, dout, causal=causal)[2]
     shifted = forward_backward(q, k + 8, v, dout, causal=causal)[2]
-    assert relative_error(shifted, dq.double()) <= 8 * torch.finfo(dtype).eps
+    # The CUDA kernels round L, about 65 in units of log2 here, to fp32: 32 eps of every weight.
+    allowed = 40 if device == "cuda" and dtype == torch.float32 else 8
+    assert relative_error(shifted, dq.double()) <= allowed * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.125, 1e-6, 0.5])

@@ -154,8 +154,14 @@ def test_one_hot_rows_copy_v(device, algorithm, dtype):
     k = torch.eye(seqlen_k, device=device, dtype=dtype).expand(1, 2, -1, -1)
     q = 200 * k[:, :, chosen]
     out, lse = forward(q, k, torch.nn.functional.pad(v, (0, seqlen_k - 48)), scale=1.0, algorithm=algorithm)
-    assert_same_bits([out[..., :48]], [v[:, :, chosen]], "one-hot rows")
-    assert (lse == 200).all()
+    # On a GPU the maximum's own weight is 2^x with the rounding x of 200 log2(e), which shows in the last
+    # bits of lse; and fp32 goes through three TF32 products.
+    rtol = 4 * torch.finfo(torch.float32).eps if device == "cuda" else 0
+    if dtype == torch.float32:
+        torch.testing.assert_close(out[..., :48], v[:, :, chosen], rtol=rtol, atol=0)
+    else:
+        assert_same_bits([out[..., :48]], [v[:, :, chosen]], "one-hot rows")
+    torch.testing.assert_close(lse, torch.full_like(lse, 200), rtol=rtol, atol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)

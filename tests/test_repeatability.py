@@ -93,8 +93,12 @@ def test_F59_batch_mates_do_not_matter(device, algorithm, dtype, causal):
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_F59_other_heads_do_not_matter(device, algorithm, dtype):
-    """A key head with its group of query heads, alone and among others."""
-    shape = Shape(2, 9, 3, length((2, 3), device), length((3, 5), device), 64)
+    """A key head with its group of query heads, alone and among others.
+
+    On a GPU v2's tiles depend on the number of heads, up to 16 tiles a sequence: stay beyond them.
+    """
+    rows = (12, 3) if device == "cuda" else (2, 3)
+    shape = Shape(2, 9, 3, length(rows, device), length((3, 5), device), 64)
     q, k, v, dout = make_qkv_dout(shape, dtype, device)
     options = {"causal": "bottom_right", "algorithm": algorithm, "deterministic": True}
     out, lse, dq, dk, dv = forward_backward(q, k, v, dout, **options)
