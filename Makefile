@@ -18,6 +18,7 @@ help: ## list the commands
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1|/p' Makefile | awk -F'|' '{printf "make %-10s %s\n", $$1, $$2}'
 
 demo: build ## naive attention, SDPA, v1 and v2 side by side on the best device present
+	@$(PY) -m build_tools.environment check bench
 	$(PY) -m benchmarks.demo $(ARGS)
 
 test: build ## all tests that this machine can run
@@ -25,10 +26,11 @@ test: build ## all tests that this machine can run
 	$(PY) -m pytest -q $(ARGS)
 
 bench: build ## the papers' grid beside SDPA: table, JSON, plots
+	@$(PY) -m build_tools.environment check bench
 	$(PY) -m benchmarks.bench_attention $(ARGS)
 
 gpu-check: build ## tests, memory checker and bit repeatability on a GPU, recorded in benchmarks/results
-	@$(PY) -m build_tools.environment check test
+	@$(PY) -m build_tools.environment check test bench
 	$(PY) -m benchmarks.gpu_check $(ARGS)
 
 build: $(READY) ## compile the extension in place; incremental

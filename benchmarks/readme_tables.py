@@ -188,6 +188,13 @@ def gpu_check_section(results):
     return f"{markdown_table(['', 'status', ''], lines)}\n\n{source_line(results, 'make gpu-check')}"
 
 
+def build_section(results):
+    lines = [[row["build"], row["jobs"], f"{row['seconds']:.0f} s"] for row in results["rows"]]
+    memory = f" Largest process: {format_bytes(results['largest_process_bytes'])}."
+    table = markdown_table(["build", "MAX_JOBS", "time"], lines)
+    return f"{table}\n\n{source_line(results, 'python -m benchmarks.build_time', memory)}"
+
+
 SECTIONS = {
     "attention": ("attention", attention_section),
     "ratios": ("attention", ratios_section),
@@ -197,6 +204,7 @@ SECTIONS = {
     "hbm_traffic": ("hbm_traffic", hbm_traffic_section),
     "claims": ("claims", claims_section),
     "gpu_check": ("gpu_check", gpu_check_section),
+    "build": ("build", build_section),
 }
 
 

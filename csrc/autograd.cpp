@@ -37,9 +37,12 @@ const auto& backward_operator() {
   return op;
 }
 
+// Dual tensors of forward-mode differentiation count, so that torch refuses them: below autograd
+// their tangents would be lost without a word.
 template <typename... Tensors>
 bool needs_gradient(const Tensors&... tensors) {
-  return at::GradMode::is_enabled() && (tensors.requires_grad() || ...);
+  return at::GradMode::is_enabled() &&
+         ((tensors.requires_grad() || tensors._fw_grad(/*level=*/0).defined()) || ...);
 }
 
 class AttentionFunction : public torch::autograd::Function<AttentionFunction> {

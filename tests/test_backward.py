@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.autograd.forward_ad as forward_ad
 from calls import ALGORITHMS, assert_same_bits, backward, forward, forward_backward
 from inputs import BIASED_FAMILIES, TIGHT_FAMILIES, Shape, make_qkv_dout
 from matrix import (
@@ -234,6 +235,13 @@ def test_double_backward_says_what_is_missing(device):
     (dq,) = torch.autograd.grad(out.square().sum(), leaves[:1], create_graph=True)
     with pytest.raises(RuntimeError, match=r"not differentiable"):
         torch.autograd.grad(dq.sum(), leaves)
+
+
+def test_forward_mode_says_what_is_missing(device):
+    """No silent zero tangent."""
+    q, k, v, tangent = make_qkv_dout(Shape(), torch.float32, device)
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="jvp is not implemented"):
+        forward(forward_ad.make_dual(q, tangent), k, v)
 
 
 def test_inputs_are_left_alone(device):
