@@ -167,6 +167,7 @@ def plot_traffic(rows, path, title, subtitle):
     with plt.rc_context(RC):
         figure, axes = plt.subplots(1, 2, sharey=True, figsize=(8.5, 3.4), layout="constrained")
         for axis, direction in zip(axes, ("read", "write"), strict=True):
+            _plot_lines(axis, rows, "seqlen", f"{direction}_bytes", linestyle="")
             _plot_lines(axis, rows, "seqlen", f"model_{direction}_bytes", linestyle="--", marker="", linewidth=1)
             axis.set_yscale("log")
             axis.yaxis.set_major_formatter(FuncFormatter(lambda count, _: f"{count / 1e9:g} GB"))
