@@ -69,7 +69,7 @@ TORCH_FLAGS = (
 
 _ENTRY = re.compile(
     r"Compiling entry function '(?P<symbol>\w+)' for '(?P<arch>\w+)'.*?"
-    r"(?P<spilled>\d+) bytes spill stores.*?Used (?P<registers>\d+) registers",
+    r"(?P<frame>\d+) bytes stack frame, (?P<spilled>\d+) bytes spill stores.*?Used (?P<registers>\d+) registers",
     re.S,
 )
 _FORBIDDEN = re.compile(r"^.*\(C75(?:08|1\d)\).*$", re.M)
@@ -94,7 +94,8 @@ def read_log(instance, log):
     """What a log of nvcc -Xptxas=-v says of `instance`: (lines to print, problems)."""
     lines, problems = [], _FORBIDDEN.findall(log)
     for entry in _ENTRY.finditer(log):
-        arch, spilled = entry["arch"], int(entry["spilled"])
+        # ptxas reports some spills as a stack frame alone.
+        arch, spilled = entry["arch"], int(entry["spilled"]) or int(entry["frame"])
         accepted = ACCEPTED_SPILLS.get((instance, arch), Accepted(0, "")).spilled
         lines.append(f"{arch:8} {entry['registers']:>3} registers {spilled:5} B spilled  {entry['symbol']}")
         if spilled > accepted:

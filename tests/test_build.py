@@ -194,6 +194,8 @@ def test_spills_fail_the_kernel_check(monkeypatch):
     )
     _, problems = check_kernels.read_log("v2", LOG.format(spilled=8))
     assert problems == ["attention spills 8 B on sm_80; accepted: 0"]
+    frame_alone = LOG.format(spilled=0).replace("0 bytes stack frame", "24 bytes stack frame")
+    assert check_kernels.read_log("v2", frame_alone)[1] == ["attention spills 24 B on sm_80; accepted: 0"]
     monkeypatch.setitem(check_kernels.ACCEPTED_SPILLS, ("v2", "sm_80"), check_kernels.Accepted(8, "1%"))
     assert check_kernels.read_log("v2", LOG.format(spilled=8))[1] == []
 
