@@ -86,7 +86,8 @@ def _ratio_cell(mean):
 
 def ratios_section(results):
     """The ratios alone, for a README that shows the plot instead of the tables."""
-    return f"{ratio_section(results)}\n\n{source_line(results, 'make bench')}"
+    ended = f" The run ended early: {results['ended_early']}." if results.get("ended_early") else ""
+    return f"{ratio_section(results)}\n\n{source_line(results, 'make bench', ended)}"
 
 
 def demo_section(results):
