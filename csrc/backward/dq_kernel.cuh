@@ -83,8 +83,8 @@ __global__ void __launch_bounds__(Config::kNumThreads, 1)
     sm80::warp_gemm<kHeadDim / sm80::kMmaK>(acc_dp, sm80::KMajorA(smem.dout, warp_row0, lane_idx),
                                             sm80::KMajorB(smem.v, 0, lane_idx));
     compute_ds(acc_dp, acc_s, delta, lane_idx / 4);
-    sm80::warp_gemm_acc<Element>(
-        acc_dq, acc_dp,
+    sm80::warp_gemm<kBlockN / sm80::kMmaK>(
+        acc_dq, sm80::accumulator_a<Element>(acc_dp),
         sm80::MNMajorB<typename Config::KVTile, sm80::KOrder::kPaired>(smem.k, 0, lane_idx));
 #pragma unroll
     for (int k = 0; k < kBlockN / sm80::kMmaK; ++k) {

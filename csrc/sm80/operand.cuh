@@ -36,6 +36,7 @@ struct LaneAddress {
 template <typename Tile>
 struct KMajorA {
   using M = Mma<typename Tile::Element>;
+  static constexpr int kUnroll = M::kUnroll;
   LaneAddress<Tile> lane;
   __device__ __forceinline__ KMajorA(const Tile& tile, int m0, int lane_idx)
       : lane(tile, m0 + lane_idx % 16, lane_idx / 16) {}
@@ -73,6 +74,7 @@ struct KMajorB {
 template <typename Tile, KOrder kOrder, typename Element = typename Tile::Element>
 struct MNMajorA {
   using M = Mma<Element>;
+  static constexpr int kUnroll = M::kUnroll;
   LaneAddress<Tile> lane;
   __device__ __forceinline__ MNMajorA(const Tile& tile, int m0, int lane_idx)
       : lane(tile, lane_idx % 8 + lane_idx / 16 * 8, m0 / Tile::kChunk + lane_idx / 8 % 2) {}
@@ -122,6 +124,7 @@ struct WordRows {
 template <typename Tile, KOrder kOrder>
 struct MNMajorA<Tile, kOrder, float> {
   using M = Mma<float>;
+  static constexpr int kUnroll = M::kUnroll;
   WordRows<Tile, kOrder> words;
   __device__ __forceinline__ MNMajorA(const Tile& tile, int m0, int lane_idx)
       : words(tile, 0, m0, lane_idx) {}
@@ -157,5 +160,22 @@ struct MNMajorB<Tile, kOrder, float> {
     }
   }
 };
+
+// The accumulator of an earlier product, rounded to Element: P of P V.
+template <typename Element, int kM, int kN>
+struct AccumulatorA {
+  using M = Mma<Element>;
+  static constexpr int kUnroll = kN;  // registers cannot be indexed at run time
+  const float (&acc)[kM][kN][4];
+  __device__ __forceinline__ typename M::FragmentA load(int m, int k) const {
+    return M::from_accumulator(acc[m], k);
+  }
+};
+
+template <typename Element, int kM, int kN>
+__device__ __forceinline__ AccumulatorA<Element, kM, kN> accumulator_a(
+    const float (&acc)[kM][kN][4]) {
+  return {acc};
+}
 
 }  // namespace flash_ext::sm80

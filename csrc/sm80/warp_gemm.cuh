@@ -16,40 +16,16 @@ __device__ __forceinline__ void clear(float (&acc)[kM][kN][4]) {
       for (int i = 0; i < 4; ++i) acc[m][n][i] = 0.f;
 }
 
-// acc += A B over kKSteps k-steps, both operands in shared memory.
+// acc += A B over kKSteps k-steps.
 template <int kKSteps, int kM, int kN, typename A, typename B>
 __device__ __forceinline__ void warp_gemm(float (&acc)[kM][kN][4], const A& a_operand,
                                           const B& b_operand) {
   using M = typename A::M;
-#pragma unroll M::kUnroll
+#pragma unroll A::kUnroll
   for (int k = 0; k < kKSteps; ++k) {
     typename M::FragmentA a[kM];
 #pragma unroll
     for (int m = 0; m < kM; ++m) a[m] = a_operand.load(m, k);
-#pragma unroll
-    for (int n = 0; n < kN / 2; ++n) {
-      typename M::FragmentB b[2];
-      b_operand.load(b, n, k);
-#pragma unroll
-      for (int m = 0; m < kM; ++m) {
-        M::mma(acc[m][2 * n], a[m], b[0]);
-        M::mma(acc[m][2 * n + 1], a[m], b[1]);
-      }
-    }
-  }
-}
-
-// acc += A B where A is the accumulator of an earlier product, rounded to Element.
-template <typename Element, int kM, int kN, int kNA, typename B>
-__device__ __forceinline__ void warp_gemm_acc(float (&acc)[kM][kN][4],
-                                              const float (&acc_a)[kM][kNA][4],
-                                              const B& b_operand) {
-  using M = Mma<Element>;
-#pragma unroll
-  for (int k = 0; k < kNA * 8 / kMmaK; ++k) {
-    typename M::FragmentA a[kM];
-#pragma unroll
-    for (int m = 0; m < kM; ++m) a[m] = M::from_accumulator(acc_a[m], k);
 #pragma unroll
     for (int n = 0; n < kN / 2; ++n) {
       typename M::FragmentB b[2];

@@ -297,8 +297,10 @@ __global__ void __launch_bounds__(Config::kNumThreads, Config::kMinBlocks)
         output.load(0);
         float acc_o[1][kHeadDim / 8][4];
         sm80::clear(acc_o);
-        sm80::warp_gemm_acc<Element>(
-            acc_o, reinterpret_cast<const float (&)[1][Config::kWarpCols / 8][4]>(acc_s[slab]),
+        sm80::warp_gemm<Config::kWarpCols / sm80::kMmaK>(
+            acc_o,
+            sm80::accumulator_a<Element>(
+                reinterpret_cast<const float (&)[1][Config::kWarpCols / 8][4]>(acc_s[slab])),
             VOperand(smem.v, 0, lane_idx, warp_col0));
 #pragma unroll
         for (int half = 0; half < 2; ++half) {

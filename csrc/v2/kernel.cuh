@@ -75,8 +75,9 @@ struct WarpTile {
       apply_mask(acc_s, p.mask, m0 + row0 + lane_idx / 4, n0 + key0 + lane_idx % 4 * 2);
     }
     softmax.update(acc_s, acc_o, p.scale.log2);
-    sm80::warp_gemm_acc<Element>(
-        acc_o, acc_s, sm80::MNMajorB<KVTile, sm80::KOrder::kPaired>(smem.v, 0, lane_idx, key0));
+    sm80::warp_gemm<Config::kWarpKeys / sm80::kMmaK>(
+        acc_o, sm80::accumulator_a<Element>(acc_s),
+        sm80::MNMajorB<KVTile, sm80::KOrder::kPaired>(smem.v, 0, lane_idx, key0));
   }
 
   // Step 7: group 0 takes over what the others have summed. They leave it in the order of their
