@@ -1,5 +1,5 @@
-// dK and dV, and on the way dQ: FlashAttention-2's backward (Dao 2023, arXiv 2307.08691, Algorithm
-// 2) on mma.sync.
+// dK and dV, and on the way dQ: FlashAttention-2's backward (Dao 2023, arXiv 2307.08691,
+// Algorithm 2) on mma.sync.
 //
 // One thread block owns kBlockN keys of one key head and walks over every query block that sees
 // them, of every query head in the group, so that dK and dV stay in registers to the end and are
@@ -9,8 +9,7 @@
 //   3.   S = Q K^T, P = exp2(S - L)         dP = dO V^T, dS = P * (dP - delta)
 //   4.   P and dS through shared memory: the products below need them transposed
 //   5.   dV += P^T dO,  dK += dS^T Q
-//   6.   dQ_i += dS K, added to an fp32 buffer in memory (other thread blocks add to the same
-//   rows),
+//   6.   dQ_i += dS K, added to an fp32 buffer in memory (other thread blocks add to the same rows),
 //        and rowsum(dS), which the last kernel needs for the mean of K
 //   7. dK * scale, dV leave through shared memory
 #pragma once
