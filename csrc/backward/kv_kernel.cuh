@@ -9,7 +9,7 @@
 //   3.   S = Q K^T, P = exp2(S - L)         dP = dO V^T, dS = P * (dP - delta)
 //   4.   P and dS through shared memory: the products below need them transposed
 //   5.   dV += P^T dO,  dK += dS^T Q
-//   6.   dQ_i += dS K, added to an fp32 buffer in memory (other thread blocks add to the same rows),
+//   6.   dQ_i += dS K, added to an fp32 buffer in memory, for other thread blocks add to its rows;
 //        and rowsum(dS), which the last kernel needs for the mean of K
 //   7. dK * scale, dV leave through shared memory
 #pragma once
