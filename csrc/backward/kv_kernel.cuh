@@ -29,7 +29,6 @@ struct DqTile {
   using Warps = typename Config::QWarps;
   static constexpr int kM = Config::kBlockM / Warps::kRows / 16;
   static constexpr int kN = Config::kHeadDim / Warps::kCols / 8;
-  static constexpr int kFloats = Config::kBlockM * Config::kHeadDim;
 
   int row0, col0;  // of this warp
   int first;       // this thread's first float

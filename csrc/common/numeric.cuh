@@ -50,10 +50,4 @@ __device__ __forceinline__ void store_pair(float* to, float lo, float hi) {
   *reinterpret_cast<float2*>(to) = make_float2(lo, hi);
 }
 
-// What x becomes when it is stored as Element and read again.
-template <typename Element>
-__device__ __forceinline__ float round_to(float x) {
-  return to_float(from_float<Element>(x));
-}
-
 }  // namespace flash_ext

@@ -23,7 +23,7 @@ struct Shape {
 
 // 16-bit elements, full grid: 32 query rows a warp let every K and V fragment serve two row tiles,
 // which halves the shared-memory traffic; at head_dim 256 the accumulator leaves room for 16.
-// H200, bf16, batch x heads x seqlen 2x32x8192, d=64, against torch's flash: 128x128 1.08, 128x64
+// H200, bf16, batch x heads x seqlen 2x32x8192, d=64, against torch's flash: 128x128 1.05, 128x64
 // 0.92. 4x1x1024, d=64: 32x256 in four key groups takes 10.5 us, 32x128 in four 12.2, 64x256 in
 // four 15.7, 64x64 in one 17.6 (fp16; torch's best backend 13.1). 2x16x8192, d=128: 128x64 1.02,
 // 128x32 0.91, 64x64 0.89. 2x8x8192, d=256: 64x64 0.97, 128x64 0.86.
