@@ -83,9 +83,10 @@ struct ExponentBase {
 
   // What weights relative to `old_max` are multiplied by to be relative to this base. Both maxima
   // are scaled and rounded before they are subtracted, exactly as in the exponents: at logits of
-  // 1e5 the rounding alone would otherwise be a factor of 1.005.
+  // 1e5 the rounding alone would otherwise be a factor of 1.005. Hence no FMA; and a maximum that
+  // has not moved gives exactly 1, where 1 + 2^-23 a block would be 3% after 33 million keys.
   __device__ __forceinline__ float rescale(float old_max, float scale_log2) const {
-    return ptx::exp2_approx((old_max - shift) * scale_log2 - max_log2);
+    return ptx::exp2_approx(__fsub_rn(__fmul_rn(old_max - shift, scale_log2), max_log2));
   }
 };
 

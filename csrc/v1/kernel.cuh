@@ -16,6 +16,8 @@
 // and the single thread block per head are what v2 does away with.
 #pragma once
 
+#include <algorithm>
+
 #include "common/block_range.h"
 #include "common/online_softmax.cuh"
 #include "params.h"
@@ -168,10 +170,12 @@ struct OutputRows {
   __device__ __forceinline__ int row(int i) const {  // of the tile
     return join_row(i) / 16 * Config::kWarpRows + slab * 16 + join_row(i) % 16;
   }
-  __device__ __forceinline__ int col() const { return thread_idx % kRowVectors * 4; }
+  __device__ __forceinline__ int col(int i) const {
+    return (thread_idx + i * Config::kNumThreads) % kRowVectors * 4;
+  }
   __device__ __forceinline__ float4* address(int i) const {
     return reinterpret_cast<float4*>(state.o +
-                                     static_cast<int64_t>(m0 + row(i)) * Config::kHeadDim + col());
+                                     static_cast<int64_t>(m0 + row(i)) * Config::kHeadDim + col(i));
   }
 
   // Line 8 for O: starts reading the vectors from `first` on.
@@ -184,7 +188,8 @@ struct OutputRows {
 
   // Line 12: joins the warps' products and writes O back. The first vectors are already here.
   __device__ __forceinline__ void update(const typename Config::SharedStorage& smem) {
-#pragma unroll
+// Where one warp joins all of a wide O, ptxas would spill up to 212 bytes.
+#pragma unroll(kVectors >= 16 ? 1 : kVectors)
     for (int first = 0; first < kVectors; first += kHeld) {
       if (first > 0) load(first);
 #pragma unroll
@@ -194,8 +199,8 @@ struct OutputRows {
         float4 pv = make_float4(0.f, 0.f, 0.f, 0.f);
 #pragma unroll
         for (int w = 0; w < Config::kKeyWarps; ++w) {
-          const float4 x =
-              *reinterpret_cast<const float4*>(&smem.partial_o[w][join_row(first + i)][col()]);
+          const float4 x = *reinterpret_cast<const float4*>(
+              &smem.partial_o[w][join_row(first + i)][col(first + i)]);
           pv = make_float4(pv.x + x.x, pv.y + x.y, pv.z + x.z, pv.w + x.w);
         }
         const float a = smem.partial_max[0][r];
@@ -213,18 +218,22 @@ __device__ __forceinline__ void finish(const State& state,
                                        const sm80::GmemRows<typename Config::Element>& out,
                                        float* lse, int seqlen_q, float scale_natural,
                                        int thread_idx) {
-  constexpr int kRowVectors = Config::kHeadDim / 4;
-  const int col = thread_idx % kRowVectors * 4;
+  constexpr int kHeadDim = Config::kHeadDim;
+  constexpr int kRowThreads = std::min(kHeadDim / 4, Config::kNumThreads);
+  const int first_col = thread_idx % kRowThreads * 4;
 #pragma unroll 8
-  for (int row = thread_idx / kRowVectors; row < seqlen_q;
-       row += Config::kNumThreads / kRowVectors) {
-    const float4 o = *reinterpret_cast<const float4*>(
-        state.o + static_cast<int64_t>(row) * Config::kHeadDim + col);
-    const float values[4] = {o.x, o.y, o.z, o.w};
-    auto* to = out.data + row * out.row_stride + col;
+  for (int row = thread_idx / kRowThreads; row < seqlen_q;
+       row += Config::kNumThreads / kRowThreads) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      if (col + i < out.num_cols) to[i] = from_float<typename Config::Element>(values[i]);
+    for (int col = first_col; col < kHeadDim; col += kRowThreads * 4) {
+      const float4 o =
+          *reinterpret_cast<const float4*>(state.o + static_cast<int64_t>(row) * kHeadDim + col);
+      const float values[4] = {o.x, o.y, o.z, o.w};
+      auto* to = out.data + row * out.row_stride + col;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (col + i < out.num_cols) to[i] = from_float<typename Config::Element>(values[i]);
+      }
     }
   }
   for (int row = thread_idx; row < seqlen_q; row += Config::kNumThreads) {
