@@ -11,7 +11,7 @@
 #include "backward/kv_kernel.cuh"
 #include "backward/postprocess.cuh"
 #include "backward/preprocess.cuh"
-#include "common/cuda_check.h"
+#include "common/launch_kernel.cuh"
 #include "launch.h"
 
 namespace flash_ext {

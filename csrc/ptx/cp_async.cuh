@@ -4,12 +4,9 @@
 
 #include <cstdint>
 
-namespace flash_ext::ptx {
+#include "ptx/smem_addr.cuh"
 
-// A 32-bit shared-memory address, the form every instruction below takes.
-__device__ __forceinline__ uint32_t smem_addr(const void* ptr) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(ptr));
-}
+namespace flash_ext::ptx {
 
 // Copies the first `src_bytes` (0..16) of 16 bytes and zero-fills the rest; with 0 bytes the source
 // is not read. Both addresses are multiples of 16. `.cg` keeps streamed tiles out of L1.

@@ -10,4 +10,11 @@ __device__ __forceinline__ float exp2_approx(float x) {
   return d;
 }
 
+// 1 / x to 1 ulp.
+__device__ __forceinline__ float rcp_approx(float x) {
+  float d;
+  asm("rcp.approx.ftz.f32 %0, %1;\n" : "=f"(d) : "f"(x));
+  return d;
+}
+
 }  // namespace flash_ext::ptx

@@ -1,7 +1,7 @@
 // Host side of the v1 forward.
 #pragma once
 
-#include "common/cuda_check.h"
+#include "common/launch_kernel.cuh"
 #include "launch.h"
 #include "v1/kernel.cuh"
 #include "v1/workspace.h"

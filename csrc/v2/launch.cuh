@@ -1,7 +1,7 @@
 // Host side of the v2 forward: picks a configuration, fills the kernel's parameters, launches.
 #pragma once
 
-#include "common/cuda_check.h"
+#include "common/launch_kernel.cuh"
 #include "launch.h"
 #include "v2/kernel.cuh"
 

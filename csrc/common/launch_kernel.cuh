@@ -1,0 +1,35 @@
+// Kernel launches: checked, with all the shared memory they ask for.
+#pragma once
+
+#include "common/cuda_check.h"
+
+namespace flash_ext {
+
+// The number of thread blocks as a launch takes it: all tiles lie on grid.x, whose limit is 2^31
+// - 1.
+inline unsigned grid_size(int64_t num_blocks, const AttentionShape& shape) {
+  if (num_blocks > 0x7fffffff) {
+    throw std::runtime_error("flash_ext: " + std::to_string(num_blocks) +
+                             " thread blocks exceed the grid limit of 2147483647 with " +
+                             to_string(shape));
+  }
+  return static_cast<unsigned>(num_blocks);
+}
+
+// Launches `kernel` with more than the default 48 KB of shared memory where it needs it.
+template <typename Params>
+void launch_kernel(void (*kernel)(Params), int64_t num_blocks, int num_threads, int smem_bytes,
+                   cudaStream_t stream, const char* name, const Params& params,
+                   const AttentionShape& shape) {
+  if (num_blocks == 0) return;
+  const unsigned grid = grid_size(num_blocks, shape);
+  if (smem_bytes > 48 * 1024) {
+    check_cuda(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes), name,
+        shape);
+  }
+  kernel<<<grid, num_threads, smem_bytes, stream>>>(params);
+  check_cuda(cudaGetLastError(), name, shape);
+}
+
+}  // namespace flash_ext

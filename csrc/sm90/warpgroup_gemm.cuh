@@ -1,0 +1,43 @@
+// Products of a warpgroup's 64-row tile: chains of wgmma along k, one group each. The caller fences
+// before and waits after.
+#pragma once
+
+#include "ptx/wgmma.cuh"
+#include "sm90/smem_tile.cuh"
+
+namespace flash_ext::sm90 {
+
+inline constexpr int kWgmmaK = 16;
+
+// acc = A B^T: both tiles lie in shared memory with k along their rows.
+template <typename ATile, typename BTile>
+__device__ __forceinline__ void gemm_abt(float (&acc)[BTile::kRows / 8][4], Descriptor a,
+                                         Descriptor b) {
+  using Element = typename ATile::Element;
+  static_assert(ATile::kRows == 64 && ATile::kCols == BTile::kCols);
+#pragma unroll
+  for (int k = 0; k < ATile::kCols; k += kWgmmaK) {
+    const int slab = k / kSlabCols;
+    const int in_row = k % kSlabCols * static_cast<int>(sizeof(Element));
+    ptx::Wgmma<Element, BTile::kRows>::template ss<ptx::Major::kK, ptx::Major::kK>(
+        acc, a.at(slab * ATile::kSlabBytes + in_row), b.at(slab * BTile::kSlabBytes + in_row),
+        k > 0);
+  }
+  ptx::wgmma_commit_group();
+}
+
+// acc (+)= A B: A's fragments are in registers, B's rows in shared memory run along k.
+template <typename BTile>
+__device__ __forceinline__ void gemm_ab(float (&acc)[BTile::kCols / 8][4],
+                                        const uint32_t (&a)[BTile::kRows / kWgmmaK][4],
+                                        Descriptor b, bool accumulates) {
+  using Element = typename BTile::Element;
+#pragma unroll
+  for (int k = 0; k < BTile::kRows / kWgmmaK; ++k) {
+    ptx::Wgmma<Element, BTile::kCols>::template rs<ptx::Major::kMN>(
+        acc, a[k], b.at(k * kWgmmaK * kSlabRowBytes), accumulates || k > 0);
+  }
+  ptx::wgmma_commit_group();
+}
+
+}  // namespace flash_ext::sm90
