@@ -17,7 +17,7 @@ CXX_FILES = $(shell git ls-files '*.h' '*.cuh' '*.cpp' '*.cu')
 help: ## list the commands
 	@sed -n 's/^\([a-z-]*\):[^#]*## /\1|/p' Makefile | awk -F'|' '{printf "make %-10s %s\n", $$1, $$2}'
 
-demo: build ## naive attention, SDPA, v1 and v2 side by side on the best device present
+demo: build ## naive attention, SDPA, v1, v2 and v3 side by side on the best device present
 	@$(PY) -m build_tools.environment check bench
 	$(PY) -m benchmarks.demo $(ARGS)
 

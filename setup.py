@@ -80,7 +80,7 @@ def build_command():
             return facts | self.configure_cuda(extension, toolkit, toolchain.architectures(gpus, os.environ))
 
         def configure_cuda(self, extension, toolkit, codes):
-            selection = instances.Selection.from_environment(os.environ)
+            selection = instances.Selection.from_environment(os.environ, codes)
             units = instances.write_sources(selection, Path("build/instances"))
             extension.sources = [*(str(unit) for unit in units), *extension.sources]
             # For the dispatcher alone: nvcc would split such a macro at its commas.
@@ -94,7 +94,7 @@ def build_command():
             return {
                 "cuda_version": toolkit.version,
                 "architectures": codes,
-                "kernels": list(instances.KERNELS),
+                "kernels": selection.kernels(),
                 "dtypes": list(selection.dtypes),
                 "head_dims": list(selection.head_dims),
             }

@@ -61,11 +61,14 @@ class Baseline:
     # Matrices of seqlen x seqlen per head alive at once, in (forward, backward); 0: linear memory.
     score_copies: tuple[int, int] = (0, 0)
     shares_backward_of: str | None = None
+    capability: tuple[int, int] | None = None  # the one it needs
 
     def refusal(self, case, pass_name, device):
         """Why this baseline is not run on a case, or None."""
         if device.type not in self.devices:
             return f"not available on {device.type}"
+        if self.capability and torch.cuda.get_device_capability(device) != self.capability:
+            return "needs compute capability {}.{}".format(*self.capability)
         if case.dtype not in self.dtypes:
             return f"takes {' and '.join(self.dtypes)} only"
         if pass_name == "backward" and self.shares_backward_of:
@@ -75,6 +78,10 @@ class Baseline:
         if need > limit:
             return f"needs about {need / 2**30:.0f} GiB, {limit / 2**30:.0f} GiB are free"
         return None
+
+
+def v3_runs_on(device):
+    return torch.cuda.get_device_capability(device) == BASELINES["flash_ext_v3"].capability
 
 
 def available_memory(device):
@@ -99,6 +106,13 @@ BASELINES = {
         Baseline("sdpa_math", sdpa_backend(SDPBackend.MATH), score_copies=(6, 10)),
         Baseline("flash_ext_v1", flash("v1"), shares_backward_of="flash_ext_v2"),
         Baseline("flash_ext_v2", flash("v2")),
+        Baseline(
+            *("flash_ext_v3", flash("v3")),
+            dtypes=HALF,
+            devices=("cuda",),
+            shares_backward_of="flash_ext_v2",
+            capability=(9, 0),
+        ),
     )
 }
 # The columns of the grid; "sdpa" is one of its backends there.

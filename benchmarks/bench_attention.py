@@ -19,7 +19,7 @@ from benchmarks.timing import Plan
 TOKENS, HIDDEN = 16384, 2048
 HEAD_DIMS = (64, 128, 256)
 SEQLENS = (512, 1024, 2048, 4096, 8192, 16384)
-OURS = ("flash_ext_v1", "flash_ext_v2")
+OURS = ("flash_ext_v1", "flash_ext_v2", "flash_ext_v3")
 QUICK = {"head_dim": (64, 128), "seqlen": (512, 2048, 8192)}
 
 

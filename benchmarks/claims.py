@@ -4,11 +4,14 @@ Measures nothing itself: each row names the command whose result file it reads.
 """
 
 import argparse
+import json
 import sys
+from pathlib import Path
 
 from benchmarks import record, tables
 from benchmarks.tables import geometric_mean
 
+PEERS = json.loads((Path(__file__).parent / "peers_h200.json").read_text())
 VERDICTS = {True: "[green]met    [/]", False: "[red]missed [/]", None: "[dim]not run[/]"}
 
 
@@ -17,6 +20,7 @@ def claims(folder):
     rows = []
     for make, name in (
         (_grid_claims, "attention"),
+        (_v3_claims, "attention"),
         (_small_shape_claims, "small_shapes"),
         (_memory_claims, "memory"),
         (_host_claims, "host_time"),
@@ -49,6 +53,46 @@ def _grid_claims(results):
         yield _claim(row, "0.60", mean, at_least(0.6), "bench_attention")
 
 
+def over_cudnn(results):
+    """(head_dim, causal, seqlen) -> speed of v3's forward over that of SDPA cuDNN in the same run."""
+    times = {}
+    for row in results.get("rows", []):
+        if row["pass"] == "forward" and row["check"] == "passed":
+            times.setdefault(_cell(row), {})[row["impl"]] = row["ms"]
+    return {
+        cell: at["sdpa_cudnn"] / at["flash_ext_v3"]
+        for cell, at in times.items()
+        if {"sdpa_cudnn", "flash_ext_v3"} <= at.keys()
+    }
+
+
+def _cell(row):
+    return row["head_dim"], row["causal"], row["seqlen"]
+
+
+def _v3_claims(results):
+    peers = {_cell(row): row["best_over_cudnn"] for row in PEERS["forward"]}
+    found = over_cudnn(results)
+    if not peers.keys() <= found.keys():
+        found = {}  # a mean over some of the shapes would be another claim
+
+    def claim(what, bound, value, digits="{:.2f}"):
+        row, target = f"v3 forward {what}, bf16", digits.format(bound)
+        return _claim(row, target, value, at_least(bound), "bench_attention", digits)
+
+    short = [ratio for cell, ratio in found.items() if cell[2] <= 1024]
+    yield claim("over SDPA cuDNN, geometric mean at 512 and 1k", 1.15, geometric_mean(short))
+    yield claim("over SDPA cuDNN, worst shape of the papers' grid", 1.0, min(found.values(), default=None))
+
+    # What the peers reach holds on one kind of card.
+    over_peer = [found[cell] / peers[cell] for cell in found.keys() & peers if results["gpu"] == PEERS["gpu"]]
+    best = "the best of FlashAttention-3 and -4 and SDPA (peers_h200.json)"
+    yield claim(f"over {best}, geometric mean over the papers' grid", 1.05, geometric_mean(over_peer))
+    yield claim(f"over {best}, worst shape", 0.97, min(over_peer, default=None))
+    ahead = sum(ratio >= 1 for ratio in over_peer) if over_peer else None
+    yield claim(f"at or above {best}, shapes of {len(peers)}", 33, ahead, "{:d}")
+
+
 def _small_shape_claims(results):
     ratios = results.get("ratios", [])
 
@@ -62,6 +106,17 @@ def _small_shape_claims(results):
     worst = min(select(group="full_gpu", impl="flash_ext_v1"), default=None)
     row = "v1 over naive, forward, d=64, batch*heads >= 132, seqlen >= 1024 (worst shape)"
     yield _claim(row, "> 1.0x", worst, lambda value: value > 1.0, "small_shapes", "{:.2f}x")
+    rates = {
+        (row["head_dim"], row["dtype"], row["heads"] // row.get("heads_kv", row["heads"])): row["tflops"]
+        for row in results.get("rows", [])
+        if row["impl"] == "flash_ext_v3" and row["causal"] and row["seqlen"] == 4096
+    }
+    over_bf16 = [rate / rates[d, "bf16", group] for (d, dtype, group), rate in rates.items() if dtype == "fp16"]
+    row = "v3 forward, fp16 over bf16, causal, 4k, d=64, 128 and 256 (worst)"
+    yield _claim(row, "0.97", min(over_bf16, default=None), at_least(0.97), "small_shapes")
+    gqa, mha = (rates.get((128, "bf16", group)) for group in (4, 1))
+    row = "v3 forward, 32/8 heads over 32 heads, bf16, d=128, causal, 4k"
+    yield _claim(row, "1.00", gqa and gqa / mha, at_least(1.0), "small_shapes")
     worst = min(select(group="fp32", impl="flash_ext_v2"), default=None)
     row = "v2 over naive, forward and backward, fp32, seqlen >= 512 (worst shape)"
     yield _claim(row, "1.0x", worst, at_least(1.0), "small_shapes", "{:.2f}x")
@@ -89,17 +144,19 @@ def _host_claims(results):
         columns = ("dtype", "head_dim", "causal", "seqlen", "batch", "heads", "grad")
         shape = tuple(line[column] for column in columns)
         times.setdefault(shape, {})[line["impl"]] = line["us"]
-    for grad in (False, True):
-        ratios = [at["flash_ext_v2"] / at["sdpa"] for shape, at in times.items() if shape[-1] == grad]
-        mode = "recording gradients" if grad else "no gradients"
-        row = f"host time of one forward call over SDPA's, {mode} (geometric mean)"
-        yield _claim(row, "<= 1.0", geometric_mean(ratios), lambda value: value <= 1.0, "host_time")
+    for algorithm in ("v2", "v3"):
+        name = f"flash_ext_{algorithm}"
+        for grad in (False, True):
+            ratios = [at[name] / at["sdpa"] for shape, at in times.items() if shape[-1] == grad and name in at]
+            mode = "recording gradients" if grad else "no gradients"
+            row = f"host time of one forward call of {algorithm} over SDPA's, {mode} (geometric mean)"
+            yield _claim(row, "<= 1.0", geometric_mean(ratios), lambda value: value <= 1.0, "host_time")
 
 
 def _traffic_claims(results):
     rows = [row for row in results.get("rows", []) if row["read_bytes"] is not None]
     complete = f"{len(rows)} of {len(results['rows'])} measured" if rows else None
-    row = "HBM traffic of naive, v1, v2 by profiler counters beside the IO model, d=64, 1k to 8k"
+    row = "HBM traffic of naive, v1, v2, v3 by profiler counters beside the IO model, d=64, 1k to 8k"
     yield _claim(row, "table and plot", complete, lambda _: len(rows) == len(results["rows"]), "hbm_traffic")
 
 

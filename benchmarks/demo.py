@@ -1,4 +1,4 @@
-"""The main job: naive attention, torch's SDPA, v1 and v2 side by side on the best device present.
+"""The main job: naive attention, torch's SDPA, v1, v2 and v3 side by side on the best device present.
 
 Prints a table per shape (time, speed-up over naive, TFLOP/s, extra memory), draws demo.png and writes
 demo.json. Without a GPU it runs the CPU kernels on smaller shapes.

@@ -19,6 +19,7 @@ import torch
 
 import flash_ext
 from benchmarks import record, tables
+from benchmarks.baselines import v3_runs_on
 from benchmarks.cases import AttentionCase
 
 REPEATS = 1000
@@ -124,32 +125,43 @@ def sanitize(tool, seconds, *arguments):
 
 def check_repeatability(device, repeats):
     """Bits of out, lse, dk and dv over many runs of each case, and of dq with deterministic=True."""
-    cases = [
-        AttentionCase(2, 4, 1000, head_dim, dtype, causal)
-        for dtype in ("fp16", "bf16", "fp32")
-        for head_dim in (64, 128)
-        for causal in (False, True)
-    ]
+    cases = repeated_cases(v3_runs_on(device))
     different, dq_differs_without_it = {}, 0
-    for case in cases:
+    for algorithm, case in cases:
         for deterministic in (True, False):
-            counts = count_differences(case, deterministic, device, repeats)
+            counts = count_differences(algorithm, case, deterministic, device, repeats)
             if not deterministic:
                 dq_differs_without_it += counts.pop("dq")
             for name, count in counts.items():
                 different[name] = different.get(name, 0) + count
-    facts = {"repeats": repeats, "seed": SEED, "cases": [case.label() for case in cases]}
+    labels = [f"{algorithm} {case.label()}" for algorithm, case in cases]
+    facts = {"repeats": repeats, "seed": SEED, "cases": labels}
     facts |= {"different": different, "dq_different_without_deterministic": dq_differs_without_it}
     return part("failed" if any(different.values()) else "passed", **facts)
 
 
-def count_differences(case, deterministic, device, repeats):
+def repeated_cases(with_v3):
+    """(algorithm, case). v3 gets more heads, so that a thread block takes several tiles."""
+    kinds = [("v2", 4, ("fp16", "bf16", "fp32"), (64, 128))]
+    if with_v3:
+        kinds.append(("v3", 32, ("fp16", "bf16"), (64, 96, 128, 192, 256)))
+    return [
+        (algorithm, AttentionCase(2, heads, 1000, head_dim, dtype, causal))
+        for algorithm, heads, dtypes, head_dims in kinds
+        for dtype in dtypes
+        for head_dim in head_dims
+        for causal in (False, True)
+    ]
+
+
+def count_differences(algorithm, case, deterministic, device, repeats):
     """How many of `repeats` runs differ in any bit from a first run, for each result."""
     q, k, v, dout = case.make_inputs(device, SEED)
     leaves = [x.requires_grad_() for x in (q, k, v)]
 
     def run():
-        out, lse = flash_ext.flash_attention(*leaves, causal=case.causal, return_lse=True, deterministic=deterministic)
+        options = {"causal": case.causal, "algorithm": algorithm, "deterministic": deterministic}
+        out, lse = flash_ext.flash_attention(*leaves, return_lse=True, **options)
         grads = torch.autograd.grad(out, leaves, dout)
         names = ("out", "lse", "dq", "dk", "dv")
         return dict(zip(names, (out.detach(), lse.detach(), *grads), strict=True))

@@ -1,4 +1,4 @@
-"""Bytes that naive attention, v1 and v2 move through device memory, by the profiler's counters.
+"""Bytes that naive attention, v1, v2 and v3 move through device memory, by the profiler's counters.
 
 Nsight Compute runs this module again for each implementation and counts dram__bytes_read and
 dram__bytes_write of every kernel between two marker kernels. Caches are not flushed between the kernels
@@ -24,7 +24,7 @@ from benchmarks.baselines import BASELINES
 from benchmarks.cases import AttentionCase
 from benchmarks.plots import plot_traffic
 
-NAMES = ("naive", "flash_ext_v1", "flash_ext_v2")
+NAMES = ("naive", "flash_ext_v1", "flash_ext_v2", "flash_ext_v3")
 SEQLENS = (1024, 2048, 4096, 8192)
 # 32,768 tokens of 16 heads of 64 in fp16: 64 MiB a tensor at every length, more than the L2 cache.
 TOKENS, HEADS, HEAD_DIM = 32768, 16, 64
@@ -131,13 +131,15 @@ def model_bytes(name, case):
     plan = flash_ext.explain(q, k, v, algorithm=name.removeprefix("flash_ext_"))
     if name == "flash_ext_v1":
         return io_model.v1_bytes(case, plan.block_n)
-    return io_model.v2_bytes(case, plan.block_m)
+    return io_model.q_outer_bytes(case, plan.block_m)
 
 
-def measure(profiler):
+def measure(profiler, device):
     """(rows, {implementation: why it has no measured bytes})."""
     rows, not_run = [], {}
     for name in NAMES:
+        if BASELINES[name].refusal(traffic_cases()[0], "forward", device):
+            continue
         calls, reason = profile(name, profiler) if profiler else (None, "Nsight Compute (ncu) was not found")
         if reason:
             not_run[name] = f"not run: {reason}"
@@ -177,7 +179,7 @@ def main():
     if device.type != "cuda":
         screen.print("There is no device memory to measure here.")
         return 1
-    rows, not_run = measure(find_profiler())
+    rows, not_run = measure(find_profiler(), device)
     report(screen, rows, not_run)
     path = record.write_results("hbm_traffic", device, {"rows": rows, "not_run": not_run}, options.output_dir)
     picture = plot_traffic(

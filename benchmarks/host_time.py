@@ -1,4 +1,4 @@
-"""What one call costs the CPU thread that makes it: v2 beside torch's SDPA on the same shapes.
+"""What one call costs the CPU thread that makes it: v2 and v3 beside torch's SDPA on the same shapes.
 
 The shapes are small, so the GPU keeps up. Calls are timed in batches, too short to fill the launch
 queue, with the GPU drained before each; rounds visit the contenders in random order and the median
@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import flash_ext
 from benchmarks import record, tables
+from benchmarks.baselines import BASELINES
 from benchmarks.cases import AttentionCase
 
 CASES = (
@@ -37,13 +38,18 @@ def _sdpa(q, k, v, causal):
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
 
-def _flash_ext(q, k, v, causal):
-    return flash_ext.flash_attention(q, k, v, causal=causal)
+def _v2(q, k, v, causal):
+    return flash_ext.flash_attention(q, k, v, causal=causal, algorithm="v2")
+
+
+def _v3(q, k, v, causal):
+    return flash_ext.flash_attention(q, k, v, causal=causal, algorithm="v3")
 
 
 # Plain calls, as users write them; a backend of SDPA is chosen outside of the timed batch.
 CONTENDERS = {
-    "flash_ext_v2": (_flash_ext, contextlib.nullcontext),
+    "flash_ext_v2": (_v2, contextlib.nullcontext),
+    "flash_ext_v3": (_v3, contextlib.nullcontext),
     "sdpa": (_sdpa, contextlib.nullcontext),
     "sdpa_flash": (_sdpa, functools.partial(sdpa_kernel, SDPBackend.FLASH_ATTENTION)),
 }
@@ -54,8 +60,8 @@ def measure(case, with_grad, device, rounds):
     q, k, v, _ = case.make_inputs(device)
     if with_grad:
         q, k, v = (x.requires_grad_() for x in (q, k, v))
-    times = {name: [] for name in CONTENDERS}
-    order = list(CONTENDERS.items())
+    order = [x for x in CONTENDERS.items() if BASELINES[x[0]].refusal(case, "forward", device) is None]
+    times = {name: [] for name, _ in order}
     shuffle = random.Random(0).shuffle
     for round_idx in range(WARM_UP_ROUNDS + rounds):
         shuffle(order)

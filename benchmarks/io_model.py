@@ -1,4 +1,4 @@
-"""Bytes that naive attention, v1 and v2 ask of the memory system in one forward call (no mask).
+"""Bytes that naive attention, v1, v2 and v3 ask of the memory system in one forward call (no mask).
 
 N is the sequence length, d the head dimension, per head; the papers' Theta(N d + N^2) against
 Theta(N^2 d^2 / M), here with its constants. The model counts every pass over a tensor as if nothing
@@ -33,8 +33,8 @@ def v1_bytes(case, block_n):
     )
 
 
-def v2_bytes(case, block_m):
-    """Q once; K and V once for each of the N / block_m tiles of Q; O and the logsumexp written once.
+def q_outer_bytes(case, block_m):
+    """v2 and v3: Q once; K and V once for each of the N / block_m tiles of Q; O and the logsumexp written once.
 
     The tiles of one head run side by side, so K and V come from L2 for all but the first of them.
     """

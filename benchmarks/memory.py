@@ -1,4 +1,4 @@
-"""Extra device memory of a call, beyond its inputs and results: naive, v1 and v2 by sequence length.
+"""Extra device memory of a call, beyond its inputs and results: naive, v1, v2 and v3 by sequence length.
 
 Two questions: how much is saved on the short sequences where naive attention still fits (one head,
 head_dim 64), and does the need grow linearly to 128k tokens. The count is the CUDA caching allocator's
@@ -16,7 +16,7 @@ from benchmarks.comparison import call, extra_memory
 from benchmarks.plots import plot_memory
 from benchmarks.timing import attempt
 
-NAMES = ("naive", "flash_ext_v1", "flash_ext_v2")
+NAMES = ("naive", "flash_ext_v1", "flash_ext_v2", "flash_ext_v3")
 SHORT = ((2, 512), (4, 1024))  # (batch, seqlen)
 LONG = tuple(1024 << i for i in range(8))  # 1k .. 128k
 # v1 gives a head to one thread block: longer sequences of one head take it seconds.

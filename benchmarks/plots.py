@@ -18,6 +18,7 @@ STYLE = {
     "sdpa_math": ("#b9a38a", ">"),
     "flash_ext_v1": ("#f0a030", "D"),
     "flash_ext_v2": ("#d1372c", "D"),
+    "flash_ext_v3": ("#6d0f2b", "D"),
 }
 RC = {
     "font.size": 9,
@@ -128,6 +129,21 @@ def plot_grid(rows, path, title, subtitle):
         for axis in grid[-1]:
             axis.set_xlabel("sequence length")
         return _finish(figure, grid.flat, title, subtitle, path)
+
+
+def plot_ladder(rows, path, title, subtitle):
+    """TFLOP/s by sequence length, without and with a mask; a logarithmic axis, for v1 is far below v3."""
+    with plt.rc_context(RC):
+        figure, axes = plt.subplots(1, 2, sharey=True, figsize=(8.5, 3.6), layout="constrained")
+        for axis, causal in zip(axes, (False, True), strict=True):
+            _plot_lines(axis, [row for row in rows if row["causal"] == causal], "seqlen", "tflops")
+            axis.set_yscale("log")
+            _plain_numbers(axis.yaxis)
+            axis.set_title("causal" if causal else "no mask")
+            axis.set_xlabel("sequence length")
+        axes[0].set_yticks([5, 10, 20, 50, 100, 200, 500])
+        axes[0].set_ylabel("TFLOP/s")
+        return _finish(figure, axes, title, subtitle, path)
 
 
 def _plot_lines(axis, rows, x, y, **changes):

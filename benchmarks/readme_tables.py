@@ -70,14 +70,15 @@ def _tflops_cell(row):
 
 
 def ratio_section(results):
+    """v3 has no backward of its own."""
+    columns = [("v2", "forward"), ("v3", "forward"), ("v2", "backward")]
     lines = []
     for other in LABELS:
-        means = [results["ratios"].get(p, {}).get(f"flash_ext_v2/{other}") for p in PASSES]
+        means = [results["ratios"].get(p, {}).get(f"flash_ext_{ours}/{other}") for ours, p in columns]
         if any(means):
             lines.append([LABELS[other], *map(_ratio_cell, means)])
-    return "**v2 over the others** (geometric mean, in brackets the worst shape)\n\n" + markdown_table(
-        ["", *PASSES], lines
-    )
+    title = "**v2 and v3 over the others** (geometric mean, in brackets the worst shape)"
+    return f"{title}\n\n{markdown_table(['', *(f'{ours}, {p}' for ours, p in columns)], lines)}"
 
 
 def _ratio_cell(mean):
@@ -88,6 +89,24 @@ def ratios_section(results):
     """The ratios alone, for a README that shows the plot instead of the tables."""
     ended = f" The run ended early: {results['ended_early']}." if results.get("ended_early") else ""
     return f"{ratio_section(results)}\n\n{source_line(results, 'make bench', ended)}"
+
+
+def ladder_section(results):
+    """TFLOP/s of each generation at each sequence length, and what it gained over the one before."""
+    names = list(dict.fromkeys(row["impl"] for row in results["rows"]))
+    steps = (("v1", "v2"), ("v2", "v3"))
+    at = {(row["causal"], row["seqlen"], row["impl"]): row for row in results["rows"]}
+    lines = []
+    for causal, seqlen in sorted({key[:2] for key in at}):
+        row = {name: at.get((causal, seqlen, name)) for name in names}
+        gains = [_gain_cell(row.get(f"flash_ext_{old}"), row.get(f"flash_ext_{new}")) for old, new in steps]
+        lines.append([seqlen, "yes" if causal else "no", *map(_tflops_cell, row.values()), *gains])
+    header = ["seqlen", "causal", *(LABELS[name] for name in names), *(f"{new} over {old}" for old, new in steps)]
+    return f"{markdown_table(header, lines)}\n\n{source_line(results, results['command'])}"
+
+
+def _gain_cell(old, new):
+    return "-" if old is None or new is None else f"{old['ms'] / new['ms']:.2f}x"
 
 
 def demo_section(results):
@@ -130,8 +149,9 @@ def memory_section(results):
     ]
     short = markdown_table(["batch x seqlen", "pass", "", "saved"], lines)
     names = list(dict.fromkeys(row["impl"] for row in results["long"]))
-    columns = [(pass_name, name) for pass_name in PASSES for name in names]
     at = {(row["seqlen"], row["pass"], row["impl"]): row["extra_bytes"] for row in results["long"]}
+    measured = {key[1:] for key, count in at.items() if count is not None}
+    columns = [(pass_name, name) for pass_name in PASSES for name in names if (pass_name, name) in measured]
     lines = [
         [f"{seqlen // 1024}k", *(_bytes_cell(at.get((seqlen, *column))) for column in columns)]
         for seqlen in sorted({row["seqlen"] for row in results["long"]})
@@ -199,6 +219,7 @@ def build_section(results):
 SECTIONS = {
     "attention": ("attention", attention_section),
     "ratios": ("attention", ratios_section),
+    "ladder": ("ladder", ladder_section),
     "demo": ("demo", demo_section),
     "memory": ("memory", memory_section),
     "host_time": ("host_time", host_time_section),

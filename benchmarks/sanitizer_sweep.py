@@ -13,11 +13,21 @@ import sys
 import torch
 
 import flash_ext
+from benchmarks.baselines import HALF, v3_runs_on
 from benchmarks.cases import DTYPES
 
-LENGTHS = ((0, 17), (17, 0), (1, 129), (17, 64), (64, 17), (129, 129))  # (seqlen_q, seqlen_k)
-HEAD_DIMS = (64, 128, 256)
-PADDED = {64: 40, 128: 100, 256: 193}
+LENGTHS = ((0, 17), (17, 0), (1, 129), (17, 64), (64, 17), (129, 129), (257, 300))  # (seqlen_q, seqlen_k)
+# Each kernel's own head_dim and one that it pads.
+HEAD_DIMS = (64, 40, 128, 100, 256, 193)
+HEAD_DIMS_V3 = (64, 40, 96, 88, 128, 104, 192, 136, 256, 200)
+
+
+def instances():
+    """(algorithm, dtype, head_dim)."""
+    for algorithm in ("v1", "v2"):
+        yield from ((algorithm, dtype, head_dim) for dtype in DTYPES for head_dim in HEAD_DIMS)
+    if v3_runs_on("cuda"):
+        yield from (("v3", dtype, head_dim) for dtype in HALF for head_dim in HEAD_DIMS_V3)
 
 
 def sweep():
@@ -28,33 +38,33 @@ def sweep():
         return torch.randn(*shape, device="cuda", dtype=dtype, generator=generator).requires_grad_()
 
     calls = 0
-    for algorithm in ("v1", "v2"):
-        for dtype in DTYPES.values():
-            for kernel_dim in HEAD_DIMS:
-                for head_dim in (kernel_dim, PADDED[kernel_dim]):
-                    for seqlen_q, seqlen_k in LENGTHS:
-                        for causal, deterministic in ((False, True), (True, False), (True, True)):
-                            q = tensor(1, 2, seqlen_q, head_dim, dtype=dtype)
-                            k, v = (tensor(1, 1, seqlen_k, head_dim, dtype=dtype) for _ in range(2))
-                            out, lse = flash_ext.flash_attention(
-                                *(q, k, v),
-                                causal=causal,
-                                algorithm=algorithm,
-                                return_lse=True,
-                                deterministic=deterministic,
-                            )
-                            finite_lse = lse.masked_fill(lse.isinf(), 0.0)
-                            (out.float().sum() + finite_lse.sum()).backward()
-                            calls += 1
-            torch.cuda.synchronize()
+    for algorithm, dtype, head_dim in instances():
+        for seqlen_q, seqlen_k in LENGTHS:
+            for causal, deterministic in ((False, True), (True, False), (True, True)):
+                q = tensor(1, 2, seqlen_q, head_dim, dtype=DTYPES[dtype])
+                k, v = (tensor(1, 1, seqlen_k, head_dim, dtype=DTYPES[dtype]) for _ in range(2))
+                out, lse = flash_ext.flash_attention(
+                    *(q, k, v),
+                    causal=causal,
+                    algorithm=algorithm,
+                    return_lse=True,
+                    deterministic=deterministic,
+                )
+                finite_lse = lse.masked_fill(lse.isinf(), 0.0)
+                (out.float().sum() + finite_lse.sum()).backward()
+                calls += 1
+        torch.cuda.synchronize()
     return calls
 
 
 def plant_bug():
-    """A forward whose k lost its memory: the kernel reads past the end of a 16-byte allocation."""
+    """A forward whose k lost its memory: the kernel reads past the end of a 16-byte allocation.
+
+    v2's, whose loads the checker sees: v3's are made by TMA.
+    """
     q, k, v = (torch.randn(1, 1, 4096, 64, device="cuda", dtype=torch.float16) for _ in range(3))
     k.untyped_storage().resize_(16)
-    flash_ext.flash_attention(q, k, v)
+    flash_ext.flash_attention(q, k, v, algorithm="v2")
     torch.cuda.synchronize()
 
 

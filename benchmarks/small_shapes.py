@@ -1,8 +1,8 @@
-"""v1 and v2 against naive attention (on a CPU: against torch's SDPA) where the promises are made.
+"""v1, v2 and v3 against naive attention (on a CPU: against torch's SDPA) where the promises are made.
 
 One head of 1024 tokens, where a launch costs as much as the work; v1 with enough heads to fill the GPU;
-and fp32, where naive attention is a chain of cuBLAS calls. GPU time by graph replay, inputs rotated
-through more memory than the L2 cache holds.
+few tiles; fp16 and grouped queries with v3; and fp32, where naive attention is a chain of cuBLAS calls.
+GPU time by graph replay, inputs rotated through more memory than the L2 cache holds.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from benchmarks.comparison import compare
 from benchmarks.timing import Plan
 
 FORWARD, BOTH = ("forward",), ("forward", "backward")
+GENERATIONS = ("naive", "flash_ext_v1", "flash_ext_v2", "flash_ext_v3")
 
 
 def groups(device):
@@ -23,18 +24,31 @@ def groups(device):
         return {"cpu": (("sdpa", "flash_ext_v1", "flash_ext_v2"), BOTH, cases)}
     return {
         "one_head": (
-            ("naive", "flash_ext_v1", "flash_ext_v2"),
+            GENERATIONS,
             FORWARD,
             [AttentionCase(4, 1, 1024, 64, dtype) for dtype in ("fp16", "bf16", "fp32")],
         ),
         "full_gpu": (
-            ("naive", "flash_ext_v1", "flash_ext_v2"),
+            GENERATIONS,
             FORWARD,
             [
                 AttentionCase(batch, heads, seqlen, 64, dtype)
                 for dtype in ("fp16", "bf16")
                 for batch, heads in ((11, 12), (16, 16))
                 for seqlen in (1024, 2048, 4096)
+            ],
+        ),
+        "few_tiles": (
+            ("sdpa_flash", "sdpa_cudnn", "flash_ext_v2", "flash_ext_v3"),
+            FORWARD,
+            [AttentionCase(*shape, "bf16") for shape in FEW_TILES],
+        ),
+        "hopper": (
+            ("sdpa_cudnn", "flash_ext_v3"),
+            FORWARD,
+            [
+                *(AttentionCase(*shape, dtype, True) for shape in SAME_WORK for dtype in ("bf16", "fp16")),
+                AttentionCase(4, 32, 4096, 128, "bf16", True, heads_kv=8),
             ],
         ),
         "fp32": (
@@ -45,6 +59,9 @@ def groups(device):
     }
 
 
+# One sequence, so that most multiprocessors have nothing to do.
+FEW_TILES = ((1, 1, 256, 64), (2, 1, 512, 64), (1, 8, 512, 64), (1, 1, 4096, 64), (1, 8, 1024, 128), (1, 1, 4096, 128))
+SAME_WORK = ((4, 64, 4096, 64), (4, 32, 4096, 128), (4, 16, 4096, 256))
 FP32_SHAPES = (
     (2, 1, 512, 64),
     (4, 1, 1024, 64),

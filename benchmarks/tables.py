@@ -17,8 +17,13 @@ LABELS = {
     "sdpa_math": "SDPA math",
     "flash_ext_v1": "flash_ext v1",
     "flash_ext_v2": "flash_ext v2",
+    "flash_ext_v3": "flash_ext v3",
 }
-STYLES = {"flash_ext_v1": "bold", "flash_ext_v2": "bold green", "naive": "dim"}
+STYLES = {"flash_ext_v1": "bold", "flash_ext_v2": "bold", "flash_ext_v3": "bold green", "naive": "dim"}
+
+
+# Of the grid: each generation beside the one that torch has of it.
+RATIOS = (("flash_ext_v2", "sdpa_flash"), ("flash_ext_v3", "sdpa_cudnn"))
 
 
 def console():
@@ -144,12 +149,13 @@ def grid_table(title, rows, names):
     table = _table(title)
     table.add_column("seqlen", justify="right")
     for name in names:
-        table.add_column(LABELS[name], justify="right", max_width=9)
-    table.add_column("v2 / flash", justify="right", max_width=7)
+        table.add_column(LABELS[name].removeprefix("flash_ext "), justify="right", max_width=9)
+    for ours, other in RATIOS:
+        table.add_column(f"{ours[-2:]} / {other.removeprefix('sdpa_')}", justify="right", max_width=7)
     for seqlen in sorted({row["seqlen"] for row in rows}):
         at = {row["impl"]: row for row in rows if row["seqlen"] == seqlen}
         cells = [_grid_cell(at.get(name)) for name in names]
-        table.add_row(str(seqlen), *cells, _ratio(at.get("flash_ext_v2"), at.get("sdpa_flash")))
+        table.add_row(str(seqlen), *cells, *(_ratio(at.get(ours), at.get(other)) for ours, other in RATIOS))
     return table
 
 

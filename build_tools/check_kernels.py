@@ -123,8 +123,8 @@ def main():
     toolkits = toolchain.find_toolkits(os.environ)
     if not toolkits:
         raise SystemExit("no nvcc found (CUDA_HOME, PATH, /usr/local/cuda, pip's wheels); see `make help`")
-    selection = instances.Selection.from_environment(os.environ)
     codes = toolchain.architectures(toolchain.Gpus(present=False), os.environ)
+    selection = instances.Selection.from_environment(os.environ, codes)
     sources = instances.write_sources(selection, ROOT / "build" / "instances")
     OUTPUT.mkdir(parents=True, exist_ok=True)
     jobs = int(os.environ.get("MAX_JOBS") or toolchain.default_jobs())

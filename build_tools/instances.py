@@ -13,36 +13,52 @@ KERNELS = ("backward", "forward_v2", "forward_v1")
 DTYPES = {"fp32": "float", "bf16": "__nv_bfloat16", "fp16": "__half"}
 HEAD_DIMS = (64, 128, 256)
 
-_FOLDERS = {"backward": "backward", "forward_v2": "v2", "forward_v1": "v1"}
-_PARAMS = {"backward": "BackwardParams", "forward_v2": "ForwardParams", "forward_v1": "ForwardParams"}
+# On wgmma: sm_90a and 16-bit types only. Between the head dimensions of the other kernels lie more.
+KERNELS_SM90 = ("forward_v3",)
+DTYPES_SM90 = ("bf16", "fp16")
+HEAD_DIMS_SM90 = {64: (64,), 128: (96, 128), 256: (192, 256)}
+
+_FOLDERS = {"backward": "backward", "forward_v3": "v3", "forward_v2": "v2", "forward_v1": "v1"}
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The dtypes and head dimensions of one build."""
+    """The dtypes and head dimensions of one build, and whether it serves sm_90a."""
 
     dtypes: tuple[str, ...] = tuple(DTYPES)
     head_dims: tuple[int, ...] = HEAD_DIMS
+    has_sm90: bool = False
 
     @classmethod
-    def from_environment(cls, environ):
+    def from_environment(cls, environ, codes):
         dtypes = _chosen(environ, "FLASH_EXT_DTYPES", tuple(DTYPES))
         head_dims = _chosen(environ, "FLASH_EXT_HEAD_DIMS", tuple(map(str, HEAD_DIMS)))
-        return cls(dtypes, tuple(sorted(map(int, head_dims))))
+        return cls(dtypes, tuple(sorted(map(int, head_dims))), "sm_90a" in codes)
+
+    def families(self):
+        """(prefix of the macros, kernels, dtypes, head dimensions) of the kernels of one kind."""
+        yield "FLASH_EXT", KERNELS, self.dtypes, self.head_dims
+        dtypes = tuple(dtype for dtype in self.dtypes if dtype in DTYPES_SM90)
+        if self.has_sm90 and dtypes:
+            head_dims = tuple(finer for head_dim in self.head_dims for finer in HEAD_DIMS_SM90[head_dim])
+            yield "FLASH_EXT_SM90", KERNELS_SM90, dtypes, head_dims
+
+    def kernels(self):
+        return [kernel for _, kernels, _, _ in self.families() for kernel in kernels]
 
     def macros(self):
-        return [
-            ("FLASH_EXT_ELEMENTS", ",".join(DTYPES[dtype] for dtype in self.dtypes)),
-            ("FLASH_EXT_HEAD_DIMS", ",".join(map(str, self.head_dims))),
-        ]
+        for prefix, _, dtypes, head_dims in self.families():
+            yield f"{prefix}_ELEMENTS", ",".join(DTYPES[dtype] for dtype in dtypes)
+            yield f"{prefix}_HEAD_DIMS", ",".join(map(str, head_dims))
 
     def sources(self):
         """File name -> text of every instance."""
         return {
             f"{kernel}_{dtype}_hdim{head_dim}.cu": _source(kernel, DTYPES[dtype], head_dim)
-            for kernel in KERNELS
-            for head_dim in sorted(self.head_dims, reverse=True)
-            for dtype in self.dtypes
+            for _, kernels, dtypes, head_dims in self.families()
+            for kernel in kernels
+            for head_dim in sorted(head_dims, reverse=True)
+            for dtype in dtypes
         }
 
 
@@ -58,7 +74,8 @@ def _chosen(environ, variable, allowed):
 
 
 def _source(kernel, element, head_dim):
-    arguments = f"<{element}, {head_dim}>(\n    const flash_ext::{_PARAMS[kernel]}&"
+    params = "BackwardParams" if kernel == "backward" else "ForwardParams"
+    arguments = f"<{element}, {head_dim}>(\n    const flash_ext::{params}&"
     launch = f"template void flash_ext::launch_{kernel}{arguments}, flash_ext::CudaStream);\n"
     plan = f"template flash_ext::KernelPlan flash_ext::plan_{kernel}{arguments});\n"
     return f'#include "{_FOLDERS[kernel]}/launch.cuh"\n\n{launch}' + (plan if kernel != "backward" else "")

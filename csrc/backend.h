@@ -5,17 +5,27 @@
 #include <c10/core/ScalarType.h>
 #include <c10/util/OptionalArrayRef.h>
 
+#include <string>
+
 #include "algorithm.h"
 #include "launch.h"
 #include "params.h"
 
 namespace flash_ext {
 
+// What `explain` reports about a call.
+struct ForwardPlan {
+  Algorithm algorithm = Algorithm::kV2;  // what "auto" stands for
+  KernelPlan kernel;
+  int64_t workspace_bytes = 0;
+  std::string v3_refusal;  // why v3 cannot run the call; empty if it can
+};
+
 namespace cpu_backend {
 using Tile = at::OptionalIntArrayRef;  // (block_m, block_n); none = the kernel's own choice
 void forward(Algorithm algorithm, c10::ScalarType dtype, const ForwardParams& params, Tile tile);
 void backward(c10::ScalarType dtype, const BackwardParams& params, Tile tile);
-KernelPlan plan_forward();
+ForwardPlan plan_forward(Algorithm algorithm);
 const char* capability();  // the SIMD level in use
 }  // namespace cpu_backend
 
@@ -25,9 +35,8 @@ namespace cuda_backend {
 void forward(Algorithm algorithm, c10::ScalarType dtype, ForwardParams params, c10::Device device);
 void backward(c10::ScalarType dtype, BackwardParams params, c10::Device device);
 
-KernelPlan plan_forward(Algorithm algorithm, c10::ScalarType dtype, const ForwardParams& params,
-                        c10::Device device);
-int64_t forward_workspace_bytes(Algorithm algorithm, const AttentionShape& shape);
+ForwardPlan plan_forward(Algorithm algorithm, c10::ScalarType dtype, const ForwardParams& params,
+                         c10::Device device);
 }  // namespace cuda_backend
 
 }  // namespace flash_ext

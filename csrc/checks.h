@@ -121,9 +121,11 @@ inline CausalMode parse_causal(const char* op, std::string_view causal) {
 
 inline Algorithm parse_algorithm(const char* op, std::string_view algorithm) {
   if (algorithm == "v1") return Algorithm::kV1;
-  if (algorithm == "v2" || algorithm == "auto") return Algorithm::kV2;
-  TORCH_CHECK(false, "flash_ext.", op, ": algorithm must be 'auto', 'v1' or 'v2', got '", algorithm,
-              "'");
+  if (algorithm == "v2") return Algorithm::kV2;
+  if (algorithm == "v3") return Algorithm::kV3;
+  if (algorithm == "auto") return Algorithm::kAuto;
+  TORCH_CHECK(false, "flash_ext.", op, ": algorithm must be 'auto', 'v1', 'v2' or 'v3', got '",
+              algorithm, "'");
 }
 
 inline void check_tile(const char* op, at::OptionalIntArrayRef tile) {

@@ -13,14 +13,22 @@ cpu::TileShape tile_or(Tile tile, cpu::TileShape fallback) {
   return {static_cast<int>((*tile)[0]), static_cast<int>((*tile)[1])};
 }
 
+constexpr auto kV3Refusal = "needs a GPU of compute capability 9.0, got the CPU";
+
+// What "auto" stands for.
+Algorithm resolve(Algorithm algorithm) {
+  TORCH_CHECK(algorithm != Algorithm::kV3, "flash_ext.forward: algorithm 'v3' ", kV3Refusal);
+  return algorithm == Algorithm::kAuto ? Algorithm::kV2 : algorithm;
+}
+
 }  // namespace
 
 void forward(Algorithm algorithm, c10::ScalarType dtype, const ForwardParams& params, Tile tile) {
   const auto shape = tile_or(tile, cpu::default_forward_tile());
   dispatch_dtype(CpuElements{}, dtype, [&](auto element) {
     using Scalar = typename decltype(element)::type;
-    algorithm == Algorithm::kV1 ? cpu::forward_v1<Scalar>(params, shape)
-                                : cpu::forward_v2<Scalar>(params, shape);
+    resolve(algorithm) == Algorithm::kV1 ? cpu::forward_v1<Scalar>(params, shape)
+                                         : cpu::forward_v2<Scalar>(params, shape);
   });
 }
 
@@ -31,11 +39,13 @@ void backward(c10::ScalarType dtype, const BackwardParams& params, Tile tile) {
   });
 }
 
-KernelPlan plan_forward() {
+ForwardPlan plan_forward(Algorithm algorithm) {
   const auto tile = cpu::default_forward_tile();
-  KernelPlan plan;
-  plan.block_m = tile.block_m;
-  plan.block_n = tile.block_n;
+  ForwardPlan plan;
+  plan.algorithm = resolve(algorithm);
+  plan.kernel.block_m = tile.block_m;
+  plan.kernel.block_n = tile.block_n;
+  plan.v3_refusal = kV3Refusal;
   return plan;
 }
 

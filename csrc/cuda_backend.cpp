@@ -5,8 +5,10 @@
 
 #include "backend.h"
 #include "backward/workspace.h"
+#include "common/cuda_check.h"
 #include "dispatch.h"
 #include "v1/workspace.h"
+#include "v3/refusal.h"
 
 namespace flash_ext::cuda_backend {
 namespace {
@@ -21,15 +23,47 @@ int64_t forward_workspace_floats(Algorithm algorithm, const AttentionShape& shap
   return algorithm == Algorithm::kV1 ? v1_workspace_floats(shape) : 0;
 }
 
+std::string v3_refusal_on_current_device(c10::ScalarType dtype, const ForwardParams& params) {
+  const int major = device_attribute(cudaDevAttrComputeCapabilityMajor, params.shape);
+  const int minor = device_attribute(cudaDevAttrComputeCapabilityMinor, params.shape);
+  return v3::refusal(params, static_cast<int>(c10::elementSize(dtype)), kHasSm90,
+                     10 * major + minor);
+}
+
+// One short head of at most 64: v2 splits its keys between warps. It is one sequence that decides,
+// not the batch, on which no row's bits may depend. H200, d=64, v2 over v3: 1x1x256 1.46,
+// 2x1x512 1.48, 4x1x1024 1.54; 1x1x4096 0.64.
+bool v2_is_faster(const AttentionShape& s) {
+  return s.head_dim <= 64 && s.heads_q == 1 && s.seqlen_q <= 1024;
+}
+
+// What "auto" stands for; raises where v3 was asked for and cannot run.
+Algorithm resolve(Algorithm algorithm, c10::ScalarType dtype, const ForwardParams& params) {
+  if (algorithm != Algorithm::kAuto && algorithm != Algorithm::kV3) return algorithm;
+  const auto refusal = v3_refusal_on_current_device(dtype, params);
+  if (algorithm == Algorithm::kAuto) {
+    return refusal.empty() && !v2_is_faster(params.shape) ? Algorithm::kV3 : Algorithm::kV2;
+  }
+  TORCH_CHECK(refusal.empty(), "flash_ext.forward: algorithm 'v3' ", refusal);
+  return algorithm;
+}
+
 }  // namespace
 
 void forward(Algorithm algorithm, c10::ScalarType dtype, ForwardParams params, c10::Device device) {
   const c10::cuda::CUDAGuard device_guard(device);
   const auto stream = c10::cuda::getCurrentCUDAStream(device.index()).stream();
+  algorithm = resolve(algorithm, dtype, params);
   at::Tensor workspace;
   if (const auto floats = forward_workspace_floats(algorithm, params.shape); floats > 0) {
     workspace = allocate_workspace(floats, device);
     params.workspace = workspace.mutable_data_ptr<float>();
+  }
+  if (algorithm == Algorithm::kV3) {
+    dispatch_instance_v3(dtype, params.shape, [&](auto element, auto head_dim) {
+      launch_forward_v3<typename decltype(element)::type, head_dim()>(params, stream);
+    });
+    return;
   }
   dispatch_instance(dtype, params.shape, [&](auto element, auto head_dim) {
     using Element = typename decltype(element)::type;
@@ -48,20 +82,26 @@ void backward(c10::ScalarType dtype, BackwardParams params, c10::Device device) 
   });
 }
 
-KernelPlan plan_forward(Algorithm algorithm, c10::ScalarType dtype, const ForwardParams& params,
-                        c10::Device device) {
+ForwardPlan plan_forward(Algorithm algorithm, c10::ScalarType dtype, const ForwardParams& params,
+                         c10::Device device) {
   const c10::cuda::CUDAGuard device_guard(device);
-  KernelPlan plan;
+  ForwardPlan plan;
+  plan.algorithm = resolve(algorithm, dtype, params);
+  plan.v3_refusal = v3_refusal_on_current_device(dtype, params);
+  plan.workspace_bytes =
+      forward_workspace_floats(plan.algorithm, params.shape) * static_cast<int64_t>(sizeof(float));
+  if (plan.algorithm == Algorithm::kV3) {
+    dispatch_instance_v3(dtype, params.shape, [&](auto element, auto head_dim) {
+      plan.kernel = plan_forward_v3<typename decltype(element)::type, head_dim()>(params);
+    });
+    return plan;
+  }
   dispatch_instance(dtype, params.shape, [&](auto element, auto head_dim) {
     using Element = typename decltype(element)::type;
-    plan = algorithm == Algorithm::kV1 ? plan_forward_v1<Element, head_dim()>(params)
-                                       : plan_forward_v2<Element, head_dim()>(params);
+    plan.kernel = plan.algorithm == Algorithm::kV1 ? plan_forward_v1<Element, head_dim()>(params)
+                                                   : plan_forward_v2<Element, head_dim()>(params);
   });
   return plan;
-}
-
-int64_t forward_workspace_bytes(Algorithm algorithm, const AttentionShape& shape) {
-  return forward_workspace_floats(algorithm, shape) * static_cast<int64_t>(sizeof(float));
 }
 
 }  // namespace flash_ext::cuda_backend

@@ -20,12 +20,8 @@ void forward(Algorithm, c10::ScalarType, ForwardParams, c10::Device device) {
 
 void backward(c10::ScalarType, BackwardParams, c10::Device device) { raise_cpu_only(device); }
 
-KernelPlan plan_forward(Algorithm, c10::ScalarType, const ForwardParams&, c10::Device device) {
+ForwardPlan plan_forward(Algorithm, c10::ScalarType, const ForwardParams&, c10::Device device) {
   raise_cpu_only(device);
-}
-
-int64_t forward_workspace_bytes(Algorithm, const AttentionShape&) {
-  raise_cpu_only(c10::Device(c10::kCUDA));
 }
 
 }  // namespace flash_ext::cuda_backend

@@ -2,6 +2,7 @@
 // instances through two macros, so that table, instances and dispatcher cannot disagree:
 //   FLASH_EXT_HEAD_DIMS  e.g. 64,128,256
 //   FLASH_EXT_ELEMENTS   e.g. __half,__nv_bfloat16,float
+// and FLASH_EXT_SM90_HEAD_DIMS, FLASH_EXT_SM90_ELEMENTS for v3, which a build may be without.
 #pragma once
 
 #include <c10/core/ScalarType.h>
@@ -66,6 +67,25 @@ void dispatch_instance(c10::ScalarType dtype, const AttentionShape& shape, const
                       [&](auto head_dim) { f(element, head_dim); });
   });
 }
+#endif
+
+#ifdef FLASH_EXT_SM90_HEAD_DIMS
+inline constexpr bool kHasSm90 = true;
+
+// The same for v3.
+template <typename Function>
+void dispatch_instance_v3(c10::ScalarType dtype, const AttentionShape& shape, const Function& f) {
+  using HeadDims = std::integer_sequence<int, FLASH_EXT_SM90_HEAD_DIMS>;
+  dispatch_dtype(TypeList<FLASH_EXT_SM90_ELEMENTS>{}, dtype, [&](auto element) {
+    dispatch_head_dim(HeadDims{}, shape.padded_head_dim_v3(),
+                      [&](auto head_dim) { f(element, head_dim); });
+  });
+}
+#else
+inline constexpr bool kHasSm90 = false;
+
+template <typename Function>
+void dispatch_instance_v3(c10::ScalarType, const AttentionShape&, const Function&) {}
 #endif
 
 }  // namespace flash_ext

@@ -21,6 +21,10 @@ void launch_forward_v1(const ForwardParams& params, CudaStream stream);
 template <typename Element, int kHeadDim>
 void launch_forward_v2(const ForwardParams& params, CudaStream stream);
 
+// sm_90a only, 16-bit elements, and tensors that v3_refusal() accepts.
+template <typename Element, int kHeadDim>
+void launch_forward_v3(const ForwardParams& params, CudaStream stream);
+
 template <typename Element, int kHeadDim>
 void launch_backward(const BackwardParams& params, CudaStream stream);
 
@@ -38,5 +42,8 @@ KernelPlan plan_forward_v1(const ForwardParams& params);
 
 template <typename Element, int kHeadDim>
 KernelPlan plan_forward_v2(const ForwardParams& params);
+
+template <typename Element, int kHeadDim>
+KernelPlan plan_forward_v3(const ForwardParams& params);
 
 }  // namespace flash_ext

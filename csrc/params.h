@@ -28,8 +28,12 @@ struct AttentionShape {
 
   int64_t group_size() const { return heads_q / heads_kv; }
 
-  // The kHeadDim of the CUDA kernels that serve this head_dim.
+  // The kHeadDim of the CUDA kernels that serve this head_dim: of those on mma.sync, and of v3.
   int64_t padded_head_dim() const { return head_dim <= 64 ? 64 : (head_dim <= 128 ? 128 : 256); }
+  int64_t padded_head_dim_v3() const {
+    if (head_dim <= 64 || (head_dim > 96 && head_dim <= 128)) return padded_head_dim();
+    return head_dim <= 96 ? 96 : (head_dim <= 192 ? 192 : 256);
+  }
 };
 
 struct ForwardParams {

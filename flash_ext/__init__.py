@@ -3,7 +3,7 @@
 import flash_ext.registrations  # noqa: F401  (vmap, FLOP counter)
 from flash_ext.explain import Explanation, explain
 from flash_ext.extension import BUILD_RECORD, build_info
-from flash_ext.interface import flash_attention, flash_attention_v1, flash_attention_v2
+from flash_ext.interface import flash_attention, flash_attention_v1, flash_attention_v2, flash_attention_v3
 from flash_ext.reference import attention_reference
 
 __version__ = BUILD_RECORD["version"]
@@ -16,4 +16,5 @@ __all__ = [
     "flash_attention",
     "flash_attention_v1",
     "flash_attention_v2",
+    "flash_attention_v3",
 ]

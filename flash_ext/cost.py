@@ -43,8 +43,8 @@ def forward_v1_traffic(batch, heads, seqlen_q, seqlen_k, head_dim, itemsize, blo
     return batch * heads * read, batch * heads * written
 
 
-def forward_v2_traffic(batch, heads, seqlen_q, seqlen_k, head_dim, itemsize, block_m, causal="none"):
-    """Bytes (read, written) that v2 asks of device memory, had the GPU no cache.
+def forward_q_outer_traffic(batch, heads, seqlen_q, seqlen_k, head_dim, itemsize, block_m, causal="none"):
+    """Bytes (read, written) that v2 and v3 ask of device memory, had the GPU no cache.
 
     Each tile of block_m query rows reads Q once and the visible part of K and V, and writes O and the
     logsumexp once.

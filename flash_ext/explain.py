@@ -74,29 +74,32 @@ def explain(q, k, v, *, causal=False, scale=None, algorithm="auto"):
         seqlen_k=seqlen_k,
         head_dim=head_dim,
         causal=mode,
+        is_aligned=[_is_aligned(x) for x in (q, k, v)],
     )
+    v3_refusal = plan.pop("v3_refusal")
     if plan["algorithm"] == "v1":
         traffic = cost.forward_v1_traffic(*shape, q.element_size(), plan["block_n"], mode)
     else:
-        traffic = cost.forward_v2_traffic(*shape, q.element_size(), plan["block_m"], mode)
+        traffic = cost.forward_q_outer_traffic(*shape, q.element_size(), plan["block_m"], mode)
     return Explanation(
         device=str(q.device),
-        reasons=tuple(_reasons(q, k, v, algorithm)),
+        reasons=tuple(_reasons(q, k, v, algorithm, plan["algorithm"], v3_refusal)),
         flops=cost.forward_flops(*shape, mode),
         hbm_bytes=sum(traffic),
         **plan,
     )
 
 
-def _reasons(q, k, v, algorithm):
-    if algorithm == "auto":
-        yield "algorithm='auto' takes v2, the fastest of this build"
-    elif algorithm == "v1":
-        yield "algorithm='v1' was asked for; v2 is faster"
+def _reasons(q, k, v, asked, taken, v3_refusal):
+    if asked == "auto":
+        yield f"algorithm='auto' takes {taken}, the fastest that can run this call"
     else:
-        yield "algorithm='v2' was asked for; it is the fastest of this build"
+        yield f"algorithm='{asked}' was asked for"
+    if v3_refusal:
+        yield f"v3 {v3_refusal}"
+    elif asked == "auto" and taken == "v2":
+        yield "v3 is slower for one head of at most 64 and up to 1024 queries"
     if not q.is_cuda:
-        yield "the inputs are on the CPU"
         return
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not _is_aligned(x):

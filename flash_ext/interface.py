@@ -41,7 +41,8 @@ def flash_attention(
             `scaled_dot_product_attention(is_causal=True)`. The two differ when seqlen_q != seqlen_k.
         scale: factor on q @ k.T, any finite number; default 1 / sqrt(head_dim).
         return_lse: also return the natural logarithm of each row's softmax denominator.
-        algorithm: "v1" (FlashAttention), "v2" (FlashAttention-2), or "auto": the fastest, v2.
+        algorithm: "v1" (FlashAttention), "v2" (FlashAttention-2), "v3" (FlashAttention-3, Hopper GPUs
+            only), or "auto": the fastest that can run the call; see `explain`.
         deterministic: True: the gradient of q is the same to the bit in every run (everything else
             always is). None: as `torch.are_deterministic_algorithms_enabled()` says when the gradient
             is computed; False cannot overrule that setting.
@@ -56,7 +57,7 @@ def flash_attention(
             argument, the rule and the value; nothing was launched and the next call works.
 
     Sources: FlashAttention, arXiv 2205.14135, Algorithm 1 (v1); FlashAttention-2, arXiv 2307.08691,
-    Algorithms 1 (v2) and 2 (the gradients of both).
+    Algorithms 1 (v2) and 2 (the gradients of all); FlashAttention-3, arXiv 2407.08608, Algorithm 2 (v3).
     """
     if q.dim() == 3:
         if k.dim() != 3 or v.dim() != 3:
@@ -84,5 +85,17 @@ def flash_attention_v2(q, k, v, *, causal=False, scale=None, return_lse=False, d
     """`flash_attention` by FlashAttention-2's Algorithm 1 (arXiv 2307.08691): outer loop over queries."""
     return flash_attention(
         q, k, v, causal=causal, scale=scale, return_lse=return_lse, algorithm="v2",
+        deterministic=deterministic,
+    )  # fmt: skip
+
+
+def flash_attention_v3(q, k, v, *, causal=False, scale=None, return_lse=False, deterministic=None):
+    """`flash_attention` by FlashAttention-3's Algorithm 2 (arXiv 2407.08608): warps specialised for Hopper.
+
+    Raises RuntimeError also where it cannot run: on another GPU than Hopper (compute capability 9.0), for
+    float32, and for q, k or v whose rows do not begin at multiples of 16 bytes.
+    """
+    return flash_attention(
+        q, k, v, causal=causal, scale=scale, return_lse=return_lse, algorithm="v3",
         deterministic=deterministic,
     )  # fmt: skip

@@ -1,11 +1,34 @@
 """The operators as the tests call them: with small tiles on the CPU, and compared bit by bit."""
 
 import torch
-from matrix import CPU_TILE
+from inputs import ALIGNED_LAYOUTS
+from matrix import CPU_TILE, HALF_DTYPES
 
-import flash_ext  # noqa: F401  (registers the operators)
+import flash_ext
 
-ALGORITHMS = ("v1", "v2")
+CPU_ALGORITHMS = ("v1", "v2")
+ALGORITHMS = (*CPU_ALGORITHMS, "v3")
+
+
+def serves(algorithm=None, device="cuda", dtype=torch.bfloat16, head_dim=64, layout="contiguous", **_):
+    """Whether an algorithm takes inputs like these, as csrc/v3/refusal.h has it. The arguments are named as
+    the parameters of tests are: conftest.py drops the combinations that are not served."""
+    is_aligned = head_dim % 8 == 0 and layout in ALIGNED_LAYOUTS
+    return algorithm != "v3" or (device == "cuda" and dtype in HALF_DTYPES and is_aligned)
+
+
+def missing_for(algorithm):
+    """What this machine or this build would need to run an algorithm, or None."""
+    if algorithm != "v3":
+        return None
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        return "an NVIDIA GPU of compute capability 9.0"
+    return None if "forward_v3" in flash_ext.build_info()["kernels"] else "a build for sm_90a"
+
+
+def fastest(**inputs):
+    """What algorithm="auto" takes for more than one head of inputs that are described as to `serves`."""
+    return "v3" if serves("v3", **inputs) and missing_for("v3") is None else "v2"
 
 
 def default_tile(tensor):

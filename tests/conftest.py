@@ -4,6 +4,7 @@ import zlib
 
 import pytest
 import torch
+from calls import missing_for, serves
 
 DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
 MISSING = "needs "  # every skip for lack of hardware starts with this
@@ -19,6 +20,7 @@ def pytest_configure(config):
     torch.set_num_threads(1)
     config.addinivalue_line("markers", "gpus(count): runs on a machine with at least so many NVIDIA GPUs")
     config.addinivalue_line("markers", "gpu_memory(gib): needs so much free memory on the GPU")
+    config.addinivalue_line("markers", "hopper: runs where v3 does")
 
 
 def pytest_generate_tests(metafunc):
@@ -26,6 +28,15 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("device", DEVICES)
     if "fuzz_seed" in metafunc.fixturenames:
         metafunc.parametrize("fuzz_seed", range(metafunc.config.getoption("fuzz_cases")))
+
+
+def parameters(item):
+    return item.callspec.params if hasattr(item, "callspec") else {}
+
+
+def pytest_collection_modifyitems(items):
+    """What an algorithm does not take is no test, rather than thousands of skipped ones."""
+    items[:] = [item for item in items if serves(**parameters(item))]
 
 
 def pytest_runtest_setup(item):
@@ -38,6 +49,9 @@ def pytest_runtest_setup(item):
         torch.cuda.empty_cache()
         if torch.cuda.mem_get_info()[0] < gib * 2**30:
             pytest.skip(f"{MISSING}{gib} GiB of free GPU memory")
+    algorithm = "v3" if item.get_closest_marker("hopper") else parameters(item).get("algorithm")
+    if missing := missing_for(algorithm):
+        pytest.skip(MISSING + missing)
 
 
 @pytest.fixture(autouse=True)

@@ -164,7 +164,7 @@ def _longer_cache(x, fill):
     return _inside(x, shape, lambda b: b[:batch, 1:, :seqlen], fill)
 
 
-def _odd_offset(offset):
+def _offset(offset):
     def place(x, fill):
         return _inside(x, (x.numel() + offset,), lambda b: b[offset:].view(x.shape), fill)
 
@@ -179,9 +179,12 @@ LAYOUTS = {
     "gap8": _gapped_rows(8),
     "gap3": _gapped_rows(3),
     "longer_cache": _longer_cache,
-    "offset1": _odd_offset(1),
-    "offset13": _odd_offset(13),
+    "offset1": _offset(1),
+    "offset8": _offset(8),
+    "offset13": _offset(13),
 }
+# Rows of 16-bit numbers begin at multiples of 16 bytes, if head_dim is a multiple of 8.
+ALIGNED_LAYOUTS = tuple(name for name in LAYOUTS if name not in ("gap3", "offset1", "offset13"))
 
 
 def lay_out(tensor, layout, fill=0.0):

@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from calls import backward, forward
+from calls import ALGORITHMS, backward, fastest, forward
 from inputs import Shape, make_qkv, make_qkv_dout
 from numerics import check_forward
 
@@ -191,12 +191,12 @@ def test_wrong_tensor_in_backward(device, case):
 # ---- what the package says of itself -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("algorithm", ["auto", "v1", "v2"])
+@pytest.mark.parametrize("algorithm", ["auto", *ALGORITHMS])
 @pytest.mark.parametrize("causal", [False, True, "top_left"])
 def test_explain(device, algorithm, causal):
     q, k, v = make_qkv(Shape(2, 4, 2, 256, 512, 64), BF16, device)
     explanation = flash_ext.explain(q, k, v, causal=causal, algorithm=algorithm)
-    assert explanation.algorithm == ("v1" if algorithm == "v1" else "v2")
+    assert explanation.algorithm == (fastest(device=device) if algorithm == "auto" else algorithm)
     assert explanation.block_m > 0
     assert explanation.block_n > 0
     visible = {False: 256 * 512, True: 256 * 257 // 2 + 256 * 256, "top_left": 256 * 257 // 2}[causal]

@@ -2,6 +2,7 @@
 
 # ruff: noqa: E402
 
+import argparse
 import dataclasses
 import math
 
@@ -11,11 +12,11 @@ import torch
 for package in ("rich", "matplotlib"):
     pytest.importorskip(package, reason=f"needs {package}, as the benchmarks do")
 
-from benchmarks import baselines, io_model, readme_tables, record
+from benchmarks import baselines, bench_attention, claims, io_model, ladder, readme_tables, record
 from benchmarks.baselines import BASELINES, GRADIENT_CHECK_SEQLEN, check_forward
 from benchmarks.cases import AttentionCase, attention_flops
 from benchmarks.comparison import compare
-from benchmarks.gpu_check import read_junit
+from benchmarks.gpu_check import read_junit, repeated_cases
 from benchmarks.hbm_traffic import parse_counters, split_calls
 from benchmarks.record import split_rows
 from benchmarks.timing import Contender, Plan, time_contenders
@@ -105,9 +106,9 @@ def test_traffic_of_a_call_holds_what_is_written_back_after_it():
 def test_io_models_keep_their_order():
     case = AttentionCase(1, 1, 8192, 64, "fp16")
     least = sum(io_model.compulsory_bytes(case))
-    v2, v1 = sum(io_model.v2_bytes(case, 128)), sum(io_model.v1_bytes(case, 128))
+    v2, v1 = sum(io_model.q_outer_bytes(case, 128)), sum(io_model.v1_bytes(case, 128))
     assert least < v2 < v1 < sum(io_model.naive_bytes(case))
-    one_tile = io_model.v2_bytes(case, case.seqlen)
+    one_tile = io_model.q_outer_bytes(case, case.seqlen)
     assert math.isclose(sum(one_tile), least, rel_tol=0.02)
 
 
@@ -123,6 +124,82 @@ def test_junit_report_is_counted(tmp_path):
     assert counts["tests"] == 3
     assert counts["skip_reasons"] == {"needs 2 GPUs": 1}
     assert failed == ["a::y"]
+
+
+def test_v3_is_for_hopper(monkeypatch):
+    case, device = AttentionCase(1, 1, 128, 64), torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
+    assert BASELINES["flash_ext_v3"].refusal(case, "forward", device) == "needs compute capability 9.0"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    assert BASELINES["flash_ext_v3"].refusal(case, "forward", device) is None
+    assert "fp32" not in BASELINES["flash_ext_v3"].dtypes
+    assert BASELINES["flash_ext_v3"].refusal(case, "backward", device) == "shares the backward of flash_ext_v2"
+
+
+def test_repeated_cases():
+    assert {algorithm for algorithm, _ in repeated_cases(True)} == {"v2", "v3"}
+    assert {algorithm for algorithm, _ in repeated_cases(False)} == {"v2"}
+
+
+def recorded_grid(folder, speeds):
+    """An attention.json in which each implementation has one speed; one without a speed was not timed."""
+    options = argparse.Namespace(
+        tokens=bench_attention.TOKENS, dtype="bf16", causal="both",
+        head_dim=bench_attention.HEAD_DIMS, seqlen=bench_attention.SEQLENS,
+    )  # fmt: skip
+    timed, failed = [], []
+    for case in bench_attention.grid_cases(options):
+        for name, speed in speeds.items():
+            row = {"pass": "forward", **case.record(), "impl": name}
+            if speed is None:
+                failed.append(row | {"error": "too slow"})
+            else:
+                timed.append(row | {"ms": 1 / speed, "tflops": 100 * speed, "check": "passed"})
+    ratios = bench_attention.ratios(timed)
+    payload = {"gpu": "NVIDIA H200", "commit": "abc", "rows": timed, "not_timed": failed, "ratios": ratios}
+    record.write_results("attention", CPU, payload, folder)
+
+
+def claims_on_v3(folder):
+    """Those that follow from the grid."""
+    rows = [row for row in claims.claims(folder) if row["row"].startswith("v3 forward")]
+    return [row for row in rows if row["command"].endswith("bench_attention")]
+
+
+def test_claims_on_v3(tmp_path):
+    assert {row["measured"] for row in claims_on_v3(tmp_path)} == {None}
+    recorded_grid(tmp_path, {"sdpa_cudnn": 1.0, "flash_ext_v3": 1.1})
+    peers = [row["best_over_cudnn"] for row in claims.PEERS["forward"]]
+    measured = [float(row["measured"]) for row in claims_on_v3(tmp_path)]
+    mean = math.exp(sum(math.log(1.1 / peer) for peer in peers) / len(peers))
+    expected = [1.1, 1.1, mean, 1.1 / max(peers), sum(peer <= 1.1 for peer in peers)]
+    assert measured == pytest.approx(expected, abs=0.006)
+    recorded_grid(tmp_path, {"sdpa_cudnn": 1.0})
+    assert {row["measured"] for row in claims_on_v3(tmp_path)} == {None}
+
+
+def test_peers_cover_the_grid_and_say_what_they_are():
+    wanted = {(d, causal, n) for d in (64, 128, 256) for causal in (False, True) for n in bench_attention.SEQLENS}
+    assert {(row["head_dim"], row["causal"], row["seqlen"]) for row in claims.PEERS["forward"]} == wanted
+    assert all(row["best_over_cudnn"] >= 1 for row in claims.PEERS["forward"])
+    for name in ("FlashAttention-3", "FlashAttention-4", "measured separately, by us"):
+        assert name in claims.PEERS["what"]
+
+
+def test_ladder_is_taken_from_the_grid(tmp_path, monkeypatch, capsys):
+    speeds = dict(zip(ladder.NAMES, (0.5, None, 2.0, 4.0, 2.0, 3.5), strict=True))
+    recorded_grid(tmp_path, speeds)
+    monkeypatch.setattr("sys.argv", ["ladder", "--output-dir", str(tmp_path)])
+    assert ladder.main() == 0
+    results = record.load_results("ladder", tmp_path)
+    assert results["commit"] == "abc"
+    assert len(results["rows"]) == 12 * 5
+    assert (tmp_path / "ladder.png").exists()
+    line = readme_tables.ladder_section(results).splitlines()[2]
+    assert line == "| 512 | no | 50.0 | 200 | 400 | 200 | 350 | - | 2.00x |"
+    assert "`make bench`" in readme_tables.ladder_section(results)
+    recorded_grid(tmp_path, {name: 1.0 for name in ladder.NAMES if name != "flash_ext_v3"})
+    assert ladder.from_grid(tmp_path) is None
 
 
 def test_readme_sections_come_from_the_records(tmp_path, monkeypatch):

@@ -155,17 +155,45 @@ def test_gencode_flags():
     assert flags == ["-gencode=arch=compute_90a,code=sm_90a", "-gencode=arch=compute_80,code=compute_80"]
 
 
+def select(codes=("sm_80",), **environ):
+    return instances.Selection.from_environment({f"FLASH_EXT_{name}": value for name, value in environ.items()}, codes)
+
+
 def test_developer_selection():
-    selection = instances.Selection.from_environment({"FLASH_EXT_HEAD_DIMS": "128,64", "FLASH_EXT_DTYPES": "bf16"})
-    assert selection.macros() == [("FLASH_EXT_ELEMENTS", "__nv_bfloat16"), ("FLASH_EXT_HEAD_DIMS", "64,128")]
+    selection = select(HEAD_DIMS="128,64", DTYPES="bf16")
+    macros = {"FLASH_EXT_ELEMENTS": "__nv_bfloat16", "FLASH_EXT_HEAD_DIMS": "64,128"}
+    assert dict(selection.macros()) == macros
     assert len(selection.sources()) == 2 * len(instances.KERNELS)
     with pytest.raises(BuildError, match="FLASH_EXT_HEAD_DIMS may name 64, 128, 256, got '96'"):
-        instances.Selection.from_environment({"FLASH_EXT_HEAD_DIMS": "96"})
+        select(HEAD_DIMS="96")
 
 
-def test_instances_name_headers_that_exist():
-    sources = instances.Selection.from_environment({}).sources()
-    assert len(sources) == len(instances.KERNELS) * len(instances.DTYPES) * len(instances.HEAD_DIMS)
+def test_kernels_for_sm_90a():
+    selection = select(["sm_80", "sm_90a"], HEAD_DIMS="128,64", DTYPES="bf16,fp32")
+    assert selection.kernels() == [*instances.KERNELS, "forward_v3"]
+    macros = dict(selection.macros())
+    assert macros["FLASH_EXT_ELEMENTS"] == "float,__nv_bfloat16"
+    assert macros["FLASH_EXT_SM90_ELEMENTS"] == "__nv_bfloat16"
+    assert macros["FLASH_EXT_SM90_HEAD_DIMS"] == "64,96,128"
+    names = [name for name in selection.sources() if name.startswith("forward_v3")]
+    assert names == [f"forward_v3_bf16_hdim{head_dim}.cu" for head_dim in (128, 96, 64)]
+
+
+@pytest.mark.parametrize(
+    "selection",
+    [select(), select(["sm_86", "compute_80"]), select(["sm_100a"]), select(["sm_90a"], DTYPES="fp32")],
+    ids=["sm_80", "sm_86", "sm_100a", "fp32 alone"],
+)
+def test_builds_without_v3(selection):
+    assert "forward_v3" not in selection.kernels()
+    assert not any("SM90" in name for name, _ in selection.macros())
+    assert not any("v3" in name for name in selection.sources())
+
+
+@pytest.mark.parametrize("codes", [["sm_80"], ["sm_90a"]], ids="".join)
+def test_instances_name_headers_that_exist(codes):
+    sources = select(codes).sources()
+    assert len(sources) == 3 * 3 * 3 + (1 * 2 * 5 if codes == ["sm_90a"] else 0)
     for text in sources.values():
         assert (ROOT / "csrc" / text.split('"')[1]).exists()
 
@@ -243,8 +271,11 @@ def test_import_under_another_torch_says_what_to_do(built, running):
 
 
 def test_this_build_is_recorded():
-    assert extension.build_info()["torch_version"].split("+")[0] == torch.__version__.split("+")[0]
-    json.dumps(extension.build_info())
+    info = extension.build_info()
+    assert info["torch_version"].split("+")[0] == torch.__version__.split("+")[0]
+    has_v3 = "sm_90a" in info["architectures"] and {"fp16", "bf16"} & set(info["dtypes"])
+    assert ("forward_v3" in info["kernels"]) == bool(has_v3)
+    json.dumps(info)
 
 
 # ---- pip ----------------------------------------------------------------------------------------------
@@ -283,6 +314,7 @@ def test_missing_torch_is_an_error_with_the_command(tmp_path):
     [
         ("csrc/v2/kernel.cuh", '#include "v1/config.cuh"', "include-order"),
         ("csrc/ptx/math.cuh", '#include "sm80/mma.cuh"', "include-order"),
+        ("csrc/v3/kernel.cuh", '#include "v2/config.cuh"', "include-order"),
         ("csrc/v2/kernel.cuh", "#include <torch/library.h>", "torch-free"),
         ("csrc/operators.cpp", "  // launch(params, stream);", "dead-code"),
         ("flash_ext/interface.py", "# out = out.contiguous()", "dead-code"),

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from calls import ALGORITHMS, forward, forward_backward
+from calls import ALGORITHMS, CPU_ALGORITHMS, forward, forward_backward
 from inputs import Shape, make_qkv, make_qkv_dout
 from matrix import CAUSAL_MODES, DTYPES, HALF_DTYPES, dtype_name, length, tile_edge
 from numerics import check_forward, check_gradients
@@ -85,10 +85,11 @@ def test_F14_nothing_at_all(device, algorithm, dtype, shape):
 
 @pytest.mark.parametrize("causal", CAUSAL_MODES)
 @pytest.mark.parametrize("seqlens", [(1, 1), (1, 100), (100, 1), (1, 64), (2, 129)], ids="q{0[0]}-k{0[1]}".format)
+@pytest.mark.parametrize("head_dim", [33, 40])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_one_query_or_one_key(device, algorithm, dtype, seqlens, causal):
-    check(*make_qkv_dout(Shape(2, 4, 1, *seqlens, 33), dtype, device), causal=causal, algorithm=algorithm)
+def test_one_query_or_one_key(device, algorithm, dtype, head_dim, seqlens, causal):
+    check(*make_qkv_dout(Shape(2, 4, 1, *seqlens, head_dim), dtype, device), causal=causal, algorithm=algorithm)
 
 
 # ---- extreme logits ------------------------------------------------------------------------------
@@ -253,7 +254,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", CPU_ALGORITHMS)
 def test_memory_is_linear_on_the_cpu(algorithm):
     """Forward and backward at 8192 tokens: a matrix of scores would take 256 MiB."""
     script = MEASURE_PEAK.format(seqlen=8192, algorithm=algorithm)

@@ -1,8 +1,8 @@
-"""Forward results of v1 and v2 over dtypes, head dimensions, lengths, head groups and data."""
+"""Forward results of every algorithm over dtypes, head dimensions, lengths, head groups and data."""
 
 import pytest
 import torch
-from calls import ALGORITHMS, assert_same_bits, bits, forward
+from calls import ALGORITHMS, CPU_ALGORITHMS, assert_same_bits, bits, fastest, forward
 from inputs import FAMILIES, TIGHT_FAMILIES, Shape, make_qkv
 from matrix import (
     CAUSAL_MODES,
@@ -50,7 +50,7 @@ def test_head_dim(device, algorithm, dtype, head_dim, causal):
 
 @pytest.mark.parametrize("causal", CAUSAL_MODES)
 @pytest.mark.parametrize("head_dim", [1, 40, 64, 256])
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", CPU_ALGORITHMS)
 def test_fp64(algorithm, head_dim, causal):
     q, k, v = make_qkv(Shape(2, 4, 2, 37, 51, head_dim), torch.float64, "cpu")
     check(q, k, v, causal=causal, algorithm=algorithm)
@@ -66,7 +66,7 @@ def test_lengths_around_tile_edges(device, algorithm, q_edge, k_edge, causal):
     check(*make_qkv(shape, torch.bfloat16, device), causal=causal, algorithm=algorithm)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_every_length_modulo_a_tile(device, algorithm, dtype, head_dim):
@@ -106,7 +106,7 @@ def test_scale(device, algorithm, dtype, scale):
 
 
 @pytest.mark.parametrize("causal", ["none", "bottom_right"])
-@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("head_dim", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize("family", ["randn", "outliers"])
 @pytest.mark.parametrize("dtype", HALF_DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
@@ -121,7 +121,7 @@ def test_tight_gate(device, algorithm, dtype, family, head_dim, causal):
 
 @pytest.mark.parametrize("tile", TILES, ids="{0[0]}x{0[1]}".format)
 @pytest.mark.parametrize("causal", CAUSAL_MODES)
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", CPU_ALGORITHMS)
 def test_tile_shapes(algorithm, causal, tile):
     """The CPU kernels are right with any tile, also with one larger than the problem."""
     for seqlens in ((50, 61), (61, 50), (5, 3)):
@@ -131,7 +131,7 @@ def test_tile_shapes(algorithm, causal, tile):
 
 # ---- identities that need no reference -----------------------------------------------------------
 
-EXACT_SHAPE = Shape(1, 2, 2, 70, 150, 48)
+EXACT_SHAPE = Shape(1, 2, 2, 70, 152, 48)
 
 
 @pytest.mark.parametrize("causal", CAUSAL_MODES)
@@ -141,7 +141,8 @@ EXACT_SHAPE = Shape(1, 2, 2, 70, 150, 48)
 def test_ones_stay_ones(device, algorithm, dtype, family, causal):
     q, k, v = make_qkv(EXACT_SHAPE, dtype, device, family)
     out, _ = forward(q, k, torch.ones_like(v), causal=causal, algorithm=algorithm)
-    assert (out == 1).all()
+    # In v1 and v2 the largest weight is exactly 1. In v3 it may be rounded, and out with it, once.
+    assert (1 - out).abs().max() <= (torch.finfo(dtype).eps / 2 if algorithm == "v3" else 0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
@@ -177,9 +178,9 @@ def test_zero_queries_average_v(device, algorithm, dtype):
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_unit_columns_of_v_show_the_weights(device, algorithm, dtype):
     """V = I returns the softmax itself: every weight lands at its own key."""
-    q, k, _ = make_qkv(Shape(1, 2, 2, 70, 150, 48), dtype, device)
-    q, k = (torch.nn.functional.pad(x, (0, 150 - 48)) for x in (q, k))
-    v = torch.eye(150, device=device, dtype=dtype).expand(1, 2, -1, -1)
+    q, k, _ = make_qkv(Shape(1, 2, 2, 70, 152, 48), dtype, device)
+    q, k = (torch.nn.functional.pad(x, (0, 152 - 48)) for x in (q, k))
+    v = torch.eye(152, device=device, dtype=dtype).expand(1, 2, -1, -1)
     out, _ = forward(q, k, v, causal="bottom_right", algorithm=algorithm)
     exact, _ = attention_reference(q, k, v, causal=True)
     torch.testing.assert_close(out.double(), exact, rtol=max(2e-5, torch.finfo(dtype).eps), atol=1e-7)
@@ -199,7 +200,7 @@ def test_order_of_keys_does_not_matter(device, algorithm, dtype):
 
 
 @pytest.mark.parametrize("causal", [False, True, "bottom_right", "top_left"])
-@pytest.mark.parametrize("algorithm", ["auto", "v1", "v2"])
+@pytest.mark.parametrize("algorithm", ["auto", *ALGORITHMS])
 def test_python_interface_is_the_operator(device, algorithm, causal):
     q, k, v = make_qkv(Shape(2, 4, 2, 33, 47, 16), torch.float16, device)
     mode = {False: "none", True: "bottom_right"}.get(causal, causal)
@@ -225,9 +226,13 @@ def test_algorithm_is_not_ignored(device):
     assert not torch.equal(forward(q, k, v, algorithm="v1")[0], forward(q, k, v, algorithm="v2")[0])
 
 
-def test_auto_is_v2(device):
-    q, k, v = make_qkv(Shape(2, 4, 2, 133, 147, 64), torch.float16, device)
-    assert_same_bits(forward(q, k, v), forward(q, k, v, algorithm="v2"), "algorithm='auto'")
+@pytest.mark.parametrize("head_dim", [59, 64])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_auto_is_the_fastest(device, dtype, head_dim):
+    q, k, v = make_qkv(Shape(2, 4, 2, 133, 147, head_dim), dtype, device)
+    expected = fastest(device=device, dtype=dtype, head_dim=head_dim)
+    assert flash_ext.explain(q, k, v).algorithm == expected
+    assert_same_bits(forward(q, k, v), forward(q, k, v, algorithm=expected), "algorithm='auto'")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)

@@ -9,9 +9,9 @@ import random
 from dataclasses import dataclass, fields, replace
 
 import torch
-from calls import ALGORITHMS, assert_same_bits, backward, forward
-from inputs import FAMILIES, LAYOUTS, Shape, lay_out, make_qkv_dout, with_absurd_strides
-from matrix import CAUSAL_MODES, DTYPES, HEAD_DIMS, tile_edge
+from calls import ALGORITHMS, CPU_ALGORITHMS, assert_same_bits, backward, forward, missing_for, serves
+from inputs import ALIGNED_LAYOUTS, FAMILIES, LAYOUTS, Shape, lay_out, make_qkv_dout, with_absurd_strides
+from matrix import CAUSAL_MODES, DTYPES, HALF_DTYPES, HEAD_DIMS, tile_edge
 from numerics import check_forward, check_gradients
 
 NAMES = ("q", "k", "v", "dout")
@@ -50,6 +50,10 @@ class Case:
         heads = self.heads_kv * self.group
         return Shape(self.batch, heads, self.heads_kv, self.seqlen_q, self.seqlen_k, self.head_dim)
 
+    @property
+    def is_served(self):
+        return all(serves(self.algorithm, "cuda", self.dtype, self.head_dim, layout) for layout in self.layouts)
+
 
 def draw_length(rng, device):
     edge = tile_edge(device)
@@ -59,27 +63,33 @@ def draw_length(rng, device):
 
 
 def draw(rng, device):
+    on_cpu = device == "cpu"
+    algorithms = CPU_ALGORITHMS if on_cpu else [name for name in ALGORITHMS if not missing_for(name)]
+    algorithm = rng.choice(algorithms)
+    head_dim = rng.choice(HEAD_DIMS) if rng.random() < 0.6 else rng.randint(1, 256)
+    dtypes, layouts = [*DTYPES, torch.float64] if on_cpu else DTYPES, tuple(LAYOUTS)
+    if algorithm == "v3":
+        head_dim, dtypes, layouts = (head_dim + 7) // 8 * 8, HALF_DTYPES, ALIGNED_LAYOUTS
     seqlen_q, seqlen_k = draw_length(rng, device), draw_length(rng, device)
     if rng.random() < 0.3:
         seqlen_k = seqlen_q
     heads_kv, group = rng.choice([1, 1, 2, 3]), rng.choice([1, 1, 2, 3, 4, 7])
     scores = max(1, seqlen_q * seqlen_k * heads_kv * group)
     batch = min(rng.choice([0, 1, 1, 1, 2, 3, 5]), max(1, MAX_SCORES[device] // scores))
-    on_cpu = device == "cpu"
     return Case(
         batch=batch,
         heads_kv=heads_kv,
         group=group,
         seqlen_q=seqlen_q,
         seqlen_k=seqlen_k,
-        head_dim=rng.choice(HEAD_DIMS) if rng.random() < 0.6 else rng.randint(1, 256),
-        dtype=rng.choice([*DTYPES, torch.float64] if on_cpu else DTYPES),
+        head_dim=head_dim,
+        dtype=rng.choice(dtypes),
         family=rng.choice(list(FAMILIES)),
         causal=rng.choice(CAUSAL_MODES),
         scale=rng.choice([None, None, None, 0.0, -0.2, 0.05, 1.0]),
-        algorithm=rng.choice(ALGORITHMS),
+        algorithm=algorithm,
         deterministic=rng.random() < 0.5,
-        layouts=tuple(rng.choice(list(LAYOUTS)) for _ in range(4)),
+        layouts=tuple(rng.choice(layouts) for _ in range(4)),
         expanded=rng.choice(NAMES),
         expansion=rng.choice(EXPANSIONS),
         poison=rng.choice([math.nan, math.inf, 1e4, 0.0]),
@@ -142,10 +152,12 @@ def simpler(case):
         value, simplest = getattr(case, field.name), getattr(SIMPLEST, field.name)
         candidates = [simplest]
         if type(value) is int:
-            candidates += [value // 2, value - 1]
+            candidates += [value // 2, value - 8, value - 1]
         for candidate in candidates:
             if candidate != value and (type(value) is not int or candidate >= 1):
-                yield replace(case, **{field.name: candidate})
+                changed = replace(case, **{field.name: candidate})
+                if changed.is_served:
+                    yield changed
 
 
 def fails(case, device, seed):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from calls import ALGORITHMS, forward
+from calls import CPU_ALGORITHMS, forward
 from inputs import Shape, make_qkv
 from matrix import CAUSAL_MODES
 
@@ -25,7 +25,7 @@ def wanted_name(wanted):
 @pytest.mark.parametrize("wanted", WANTED, ids=wanted_name)
 @pytest.mark.parametrize("causal", CAUSAL_MODES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("algorithm", ALGORITHMS)
+@pytest.mark.parametrize("algorithm", CPU_ALGORITHMS)
 def test_gradcheck(algorithm, shape, causal, wanted):
     """Through out and lse; tiles of 2 x 3 cut even these shapes."""
     leaves = [x.requires_grad_(f) for x, f in zip(make_qkv(shape, torch.float64, "cpu"), wanted, strict=True)]

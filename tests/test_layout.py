@@ -39,17 +39,21 @@ def test_F25_poison_around_every_input(device, algorithm, dtype, head_dim, layou
 @pytest.mark.parametrize("fill", [math.inf, -math.inf, 3e4], ids=["inf", "-inf", "large"])
 @pytest.mark.parametrize("layout", ["longer_cache", "gap3", "bshd"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-def test_F25_other_poisons(device, dtype, layout, fill):
-    assert_layout_does_not_matter(make_qkv_dout(shape_for(device), dtype, device), [layout] * 4, fill)
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_F25_other_poisons(device, algorithm, dtype, layout, fill):
+    tensors = make_qkv_dout(shape_for(device), dtype, device)
+    assert_layout_does_not_matter(tensors, [layout] * 4, fill, algorithm)
 
 
 @pytest.mark.parametrize("tensor", range(4), ids=("q", "k", "v", "dout"))
 @pytest.mark.parametrize("layout", ODD_LAYOUTS)
-def test_F33_each_input_has_its_own_strides(device, layout, tensor):
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_F33_each_input_has_its_own_strides(device, algorithm, layout, tensor):
     """Strides of one tensor used for another would go unnoticed where all are alike."""
     layouts = ["contiguous"] * 4
     layouts[tensor] = layout
-    assert_layout_does_not_matter(make_qkv_dout(shape_for(device), torch.bfloat16, device), layouts, math.nan)
+    tensors = make_qkv_dout(shape_for(device), torch.bfloat16, device)
+    assert_layout_does_not_matter(tensors, layouts, math.nan, algorithm)
 
 
 @pytest.mark.parametrize("layout", ODD_LAYOUTS)
@@ -76,8 +80,9 @@ def test_F01_strides_beyond_32_bits(device, algorithm, dim, tensor):
 @pytest.mark.parametrize("offset", range(1, 9))
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 def test_F35_odd_storage_offsets(device, dtype, offset):
+    """v2: of these offsets v3 takes only 8, one of the layouts above."""
     tensors = make_qkv_dout(shape_for(device, head_dim=64), dtype, device)
-    options = {"causal": "bottom_right", "deterministic": True}
+    options = {"causal": "bottom_right", "deterministic": True, "algorithm": "v2"}
     placed = []
     for x in tensors:
         buffer = torch.full((x.numel() + offset,), math.nan, dtype=dtype, device=device)
@@ -89,7 +94,8 @@ def test_F35_odd_storage_offsets(device, dtype, offset):
 @pytest.mark.parametrize("dims", [(0,), (1,), (2,), (0, 1), (1, 2), (0, 1, 2)], ids=str)
 @pytest.mark.parametrize("which", ["q", "kv", "dout", "all"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=dtype_name)
-def test_F34_expanded_dimensions(device, dtype, which, dims):
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_F34_expanded_dimensions(device, algorithm, dtype, which, dims):
     """Stride 0 over batch, heads or rows."""
     q, k, v, dout = make_qkv_dout(shape_for(device), dtype, device)
 
@@ -102,7 +108,7 @@ def test_F34_expanded_dimensions(device, dtype, which, dims):
     q = expand(q) if which in ("q", "all") else q
     k, v = (expand(k), expand(v)) if which in ("kv", "all") else (k, v)
     dout = expand(dout) if which in ("dout", "all") else dout
-    options = {"causal": "bottom_right", "deterministic": True}
+    options = {"causal": "bottom_right", "deterministic": True, "algorithm": algorithm}
     expected = forward_backward(*(x.contiguous() for x in (q, k, v, dout)), **options)
     assert_same_bits(forward_backward(q, k, v, dout, **options), expected, f"{which} expanded over {dims}")
 
@@ -147,13 +153,15 @@ def test_lse_and_dlse_layouts(device, layout):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("ones", [(1, 1, 1, 1), (1, 2, 70, 90), (2, 1, 70, 90), (1, 1, 1, 90)], ids=str)
-def test_F36_absurd_strides_on_dimensions_of_size_one(device, dtype, ones):
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_F36_absurd_strides_on_dimensions_of_size_one(device, algorithm, dtype, ones):
     batch, heads, seqlen_q, seqlen_k = ones
     tensors = make_qkv_dout(Shape(batch, heads, heads, seqlen_q, seqlen_k, 64), dtype, device)
-    expected = forward_backward(*tensors, deterministic=True)
+    options = {"deterministic": True, "algorithm": algorithm}
+    expected = forward_backward(*tensors, **options)
     absurd = [with_absurd_strides(x) for x in tensors]
     assert any(99990001 in x.stride() for x in absurd)
-    assert_same_bits(forward_backward(*absurd, deterministic=True), expected, "strides of size-1 dimensions")
+    assert_same_bits(forward_backward(*absurd, **options), expected, "strides of size-1 dimensions")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
@@ -199,11 +207,13 @@ def test_F26_every_element_of_every_result_is_written(device, dtype, algorithm):
     assert_same_bits(actual, expected, "uninitialised memory filled with NaN")
 
 
+@pytest.mark.parametrize("head_dim", [40, 59])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-def test_F25_freed_memory_full_of_nan(device, dtype):
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_F25_freed_memory_full_of_nan(device, algorithm, dtype, head_dim):
     """The allocator hands back poisoned blocks: what a kernel pads its tiles with must not be read."""
-    tensors = make_qkv_dout(shape_for(device, head_dim=59), dtype, device)
-    options = {"causal": "bottom_right", "deterministic": True}
+    tensors = make_qkv_dout(shape_for(device, head_dim=head_dim), dtype, device)
+    options = {"causal": "bottom_right", "deterministic": True, "algorithm": algorithm}
     expected = forward_backward(*tensors, **options)
     for _ in range(3):
         poison = [torch.full((1 << 16,), math.nan, device=device) for _ in range(8)]

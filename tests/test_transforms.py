@@ -23,13 +23,13 @@ LAYOUT_NAMES = tuple(LAYOUTS)
 @pytest.mark.parametrize("layout", ["contiguous", "bshd", "longer_cache"])
 @pytest.mark.parametrize("causal", ["none", "bottom_right"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-def test_opcheck_forward(device, dtype, causal, layout, wanted):
+@pytest.mark.parametrize("algorithm", ALGORITHMS)
+def test_opcheck_forward(device, algorithm, dtype, causal, layout, wanted):
     inputs = [lay_out(x, layout) for x in make_qkv(SHAPE, dtype, device)]
     for i in wanted:
         inputs[i].requires_grad_()
-    for algorithm in ALGORITHMS:
-        options = (0.3, causal, algorithm, True, default_tile(inputs[0]))
-        torch.library.opcheck(torch.ops.flash_ext.forward.default, (*inputs, *options))
+    options = (0.3, causal, algorithm, True, default_tile(inputs[0]))
+    torch.library.opcheck(torch.ops.flash_ext.forward.default, (*inputs, *options))
 
 
 @pytest.mark.parametrize("needs", [(True, True, True), (True, False, False), (False, False, True)], ids=str)
@@ -71,6 +71,13 @@ def test_F51_meta_takes_sizes_that_no_memory_holds():
 # ---- torch.compile and torch.export --------------------------------------------------------------
 
 
+@pytest.fixture
+def fresh_compiler():
+    """Dynamo refuses to compile one function more than a few times."""
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=dtype_name)
 @pytest.mark.parametrize("layout", ["contiguous", "bshd"])
 def test_compile_forward(device, layout, dtype):
@@ -80,6 +87,7 @@ def test_compile_forward(device, layout, dtype):
     assert_same_bits(actual, flash_ext.flash_attention(q, k, v, causal=True, return_lse=True), "compiled")
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("layout", ["contiguous", "bshd"])
 def test_compile_backward(device, layout):
     q, k, v, dout = (lay_out(x, layout) for x in make_qkv_dout(SHAPE, torch.float32, device))
@@ -89,7 +97,9 @@ def test_compile_backward(device, layout):
     check_gradients([x.grad for x in leaves], q, k, v, dout, causal="bottom_right")
 
 
-def test_compile_dynamic_shapes_once(device):
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=dtype_name)
+def test_compile_dynamic_shapes_once(device, dtype):
     """Batch, heads and both lengths change; one graph serves all."""
     graphs = []
 
@@ -100,12 +110,13 @@ def test_compile_dynamic_shapes_once(device):
     function = torch.compile(flash_ext.flash_attention, fullgraph=True, dynamic=True, backend=count)
     # Sizes that are equal in the first call would be taken for one size.
     for shape in (Shape(5, 6, 3, 20, 37, 16), Shape(3, 6, 3, 33, 45, 16), Shape(4, 8, 2, 129, 65, 16)):
-        q, k, v = make_qkv(shape, torch.float32, device)
+        q, k, v = make_qkv(shape, dtype, device)
         actual = function(q, k, v, causal=True, return_lse=True)
         assert_same_bits(actual, flash_ext.flash_attention(q, k, v, causal=True, return_lse=True), str(shape))
     assert len(graphs) == 1
 
 
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 def test_compile_with_inductor(device, dynamic):
     """The default backend, which writes and compiles code around the operator."""
@@ -166,8 +177,9 @@ def test_F50_autocast(device, dtype):
 
 @pytest.mark.parametrize("in_dims", [(0, 0, 0), (1, 0, 2), (0, None, None), (None, 0, 0)], ids=str)
 @pytest.mark.parametrize("causal", [False, True])
-def test_vmap(device, causal, in_dims):
-    q, k, v = make_qkv(SHAPE, torch.float32, device)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=dtype_name)
+def test_vmap(device, dtype, causal, in_dims):
+    q, k, v = make_qkv(SHAPE, dtype, device)
 
     def stacked(x, dim):
         return x if dim is None else torch.stack([x, 2 * x, x - 1], dim)

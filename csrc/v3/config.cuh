@@ -1,0 +1,70 @@
+// Tiles of the v3 forward.
+#pragma once
+
+#include "sm90/pipeline.cuh"
+#include "sm90/smem_tile.cuh"
+#include "v3/scheduler.cuh"
+
+namespace flash_ext::v3 {
+
+template <int kConsumers_, int kBlockN_, int kKStages_, int kVStages_, int kQBuffers_,
+          int kEarlySteps_>
+struct Shape {
+  static constexpr int kConsumers = kConsumers_;  // warpgroups of 64 query rows
+  static constexpr int kBlockN = kBlockN_;        // keys of a block
+  static constexpr int kKStages = kKStages_;      // K blocks in shared memory
+  static constexpr int kVStages = kVStages_;
+  static constexpr int kQBuffers = kQBuffers_;  // 2: the next tile's Q arrives during this one
+  // 16-key steps of weights that are kept before the wait for O; 0: where ptxas likes them.
+  static constexpr int kEarlySteps = kEarlySteps_;
+};
+
+// H200, bf16, 16k tokens, over cuDNN. d=64, 4k keys: 192x128 1.21, 128x128 0.96 at 512 keys where
+// this takes 1.07; without the overlap 0.97. d=128: 2 early steps or all within 2% of each other;
+// a third V stage +1% at 512 keys, -2% from 4k; blocks of 64 keys 0.97 at 512 where this
+// takes 1.12. d=256: one early step is 1% slower.
+template <int kHeadDim>
+struct TileShape;
+template <>
+struct TileShape<64> : Shape<3, 128, 4, 4, 2, 0> {};
+template <>
+struct TileShape<96> : Shape<2, 128, 2, 2, 2, 2> {};
+template <>
+struct TileShape<128> : Shape<2, 128, 2, 2, 2, 2> {};
+template <>
+struct TileShape<192> : Shape<2, 96, 2, 2, 1, 1> {};
+template <>
+struct TileShape<256> : Shape<2, 64, 2, 2, 1, 0> {};
+
+template <typename Element_, int kHeadDim_>
+struct Config : TileShape<kHeadDim_> {
+  using Element = Element_;
+  using Base = TileShape<kHeadDim_>;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kBlockM = Base::kConsumers * 64;
+  static constexpr int kNumThreads = (1 + Base::kConsumers) * 128;
+  // Registers of a thread, moved from the producer to the consumers. A launch gives every thread
+  // the same, 65,536 over kNumThreads rounded down to a multiple of 8, and no more can be moved.
+  static constexpr int kLaunchRegisters = 65536 / kNumThreads / 8 * 8;
+  static constexpr int kProducerRegisters = Base::kConsumers == 2 ? 40 : 32;
+  static constexpr int kConsumerRegisters = Base::kConsumers == 2 ? 232 : 160;
+  static_assert(kProducerRegisters + Base::kConsumers * kConsumerRegisters <=
+                (1 + Base::kConsumers) * kLaunchRegisters);
+
+  using QTile = sm90::SmemTile<Element, 64, kHeadDim>;
+  using KVTile = sm90::SmemTile<Element, Base::kBlockN, kHeadDim>;
+
+  struct SharedStorage {
+    QTile q[Base::kQBuffers][Base::kConsumers];  // a warpgroup's O on the way out
+    KVTile k[Base::kKStages];
+    KVTile v[Base::kVStages];
+    sm90::RingBarriers<Base::kKStages> k_barriers;
+    sm90::RingBarriers<Base::kVStages> v_barriers;
+    sm90::RingBarriers<Base::kQBuffers> q_barriers[Base::kConsumers];
+    WarpgroupTile tile[Base::kQBuffers][Base::kConsumers];  // what the Q beside it belongs to
+    float never_written;                                    // see pin_before_wait()
+  };
+  static_assert(sizeof(SharedStorage) <= 227 * 1024, "what one thread block gets on sm_90");
+};
+
+}  // namespace flash_ext::v3

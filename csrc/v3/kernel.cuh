@@ -1,0 +1,68 @@
+// v3 forward: FlashAttention-3's schedule (Shah et al. 2024, arXiv 2407.08608, Algorithm 2) for
+// Hopper: TMA, wgmma, specialised warps. The grid is persistent, one thread block a multiprocessor.
+//
+//   producer, two threads     K and V of one tile's blocks after another | Q of the tiles
+//   consumers, 64 rows each   S = Q K^T, softmax, O += P V
+//
+// A warpgroup's step for block j, the last visible block first; j + 1 is the block before:
+//   1. wait for K_j, then for the turn
+//   2. issue S = Q K_j^T; wait for V_j+1; issue O += P V_j+1; pass the turn on
+//   3. wait for S, let go of K_j, mask it if the block lies on an edge
+//   4. row maximum and the first weights      } the tensor cores compute O meanwhile
+//   5. wait for O, let go of V_j+1
+//   6. the other weights, P; O rescaled if a maximum grew by more than 2^8 of weight
+//
+//   tensor cores  | S0 | PV0   | S1 | PV1   | S0 | PV0   | S1 | PV1   |      0, 1: warpgroups
+//   softmax 0          |####################|    |####################|
+//   softmax 1     #####|         |####################|    |####################|
+//
+// A tile's first block has no P V beside it, its last P V no S: there 1 / l and L are computed. O
+// leaves through the warpgroup's own rows of Q, by TMA, while the next tile begins.
+//
+// Barriers                     who arrives                          who waits
+//   K, V full, a stage         the producer, then TMA's bytes       consumers
+//   K, V empty, a stage        every consumer warp                  K/V thread of the producer
+//   Q full, buffer and group   the producer, then TMA's bytes       the group
+//   Q empty, buffer and group  the group's warps, O being sent      Q thread of the producer
+//   named 1.. (turns)          the group before, the group itself   the group whose turn it is
+//   named behind these         one group, where the scale is < 0    the group
+//
+// Budget at                    d=64      d=128     d=256
+//   consumers x keys           3 x 128   2 x 128   2 x 64
+//   Q, K, V in shared memory   48+64+64  64+64+64  64+64+64 KB
+//   registers of a consumer    160       232       232, of which S 64, 64, 32; P half; O d / 2
+#pragma once
+
+#include "v3/consumer.cuh"
+#include "v3/producer.cuh"
+
+namespace flash_ext::v3 {
+
+template <typename Config>
+__global__ void __launch_bounds__(Config::kNumThreads, 1)
+    forward_kernel(const __grid_constant__ KernelParams p) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  extern __shared__ __align__(1024) char smem_bytes[];
+  auto& smem = *reinterpret_cast<typename Config::SharedStorage*>(smem_bytes);
+  if (threadIdx.x == 0) {
+    smem.k_barriers.init(4 * Config::kConsumers);  // a warp at a time
+    smem.v_barriers.init(4 * Config::kConsumers);
+    for (auto& ring : smem.q_barriers) ring.init(4);
+    ptx::mbarrier_init_fence();
+  }
+  __syncthreads();
+
+  // The shuffle tells ptxas that a whole warp has the same value.
+  const int warpgroup_idx = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
+  if (warpgroup_idx == 0) {
+    ptx::setmaxnreg_dec<Config::kProducerRegisters>();
+    if (threadIdx.x == 0) produce_kv<Config>(smem, p);
+    if (threadIdx.x == 32) produce_q<Config>(smem, p);
+  } else {
+    ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
+    Consumer<Config>(smem, p, warpgroup_idx - 1).run();
+  }
+#endif
+}
+
+}  // namespace flash_ext::v3

@@ -1,0 +1,75 @@
+// The producer warpgroup: two threads that feed the consumers by TMA.
+#pragma once
+
+#include "params.h"
+#include "sm90/copy_tile.cuh"
+#include "v3/config.cuh"
+#include "v3/kernel_params.cuh"
+
+namespace flash_ext::v3 {
+
+// K and V blocks of one tile after another, the last visible block first.
+template <typename Config>
+__device__ __forceinline__ void produce_kv(typename Config::SharedStorage& smem,
+                                           const KernelParams& p) {
+  sm90::RingPosition<Config::kKStages> k_at;
+  sm90::RingPosition<Config::kVStages> v_at;
+  Tile tile = p.schedule.tile(0);
+  for (int round = 1; tile.is_valid; ++round) {
+    const int kv_head_idx = tile.head_idx / p.group_size;
+    const int row0 = p.schedule.first_row(tile, p.mask.seqlen_q, Config::kBlockM);
+    const int blocks = num_key_blocks(p.mask, row0, Config::kBlockM, Config::kBlockN);
+    Tile next;
+    for (int n_block = blocks - 1; n_block >= 0; --n_block) {
+      const sm90::TileCoords from{n_block * Config::kBlockN, kv_head_idx, tile.batch_idx};
+      sm90::wait_empty(smem.k_barriers, k_at);
+      sm90::load_tile(smem.k[k_at.stage], p.k_map, smem.k_barriers.full[k_at.stage], from);
+      k_at.advance();
+      sm90::wait_empty(smem.v_barriers, v_at);
+      sm90::load_tile(smem.v[v_at.stage], p.v_map, smem.v_barriers.full[v_at.stage], from);
+      v_at.advance();
+      // Behind the first block: its divisions must not keep the consumers waiting.
+      if (n_block == blocks - 1) next = p.schedule.tile(round);
+    }
+    tile = next;
+  }
+}
+
+// Each warpgroup's rows of Q, with the tile they belong to; behind the last one the end mark.
+template <typename Config>
+__device__ __forceinline__ void produce_q(typename Config::SharedStorage& smem,
+                                          const KernelParams& p) {
+  constexpr int kBlockM = Config::kBlockM;
+  constexpr int kBlockN = Config::kBlockN;
+  sm90::RingPosition<Config::kQBuffers> at;
+  Tile tile;
+  int round = 0;
+  do {
+    tile = p.schedule.tile(round++);
+    const int tile_row0 = p.schedule.first_row(tile, p.mask.seqlen_q, kBlockM);
+    const int tile_blocks = num_key_blocks(p.mask, tile_row0, kBlockM, kBlockN);
+#pragma unroll 1
+    for (int c = 0; c < Config::kConsumers; ++c) {
+      auto& ring = smem.q_barriers[c];
+      const int row0 = tile_row0 + 64 * c;
+      const int blocks = num_key_blocks(p.mask, row0, 64, kBlockN);
+      sm90::wait_empty(ring, at);
+      smem.tile[at.stage][c] = {row0,
+                                tile.head_idx,
+                                tile.batch_idx,
+                                blocks,
+                                p.mask.key_end(row0) / kBlockN,
+                                tile_blocks - blocks,
+                                tile.is_valid};
+      if (tile.is_valid) {
+        sm90::load_tile(smem.q[at.stage][c], p.q_map, ring.full[at.stage],
+                        {row0, tile.head_idx, tile.batch_idx});
+      } else {
+        ptx::mbarrier_arrive(ring.full[at.stage]);
+      }
+    }
+    at.advance();
+  } while (tile.is_valid);
+}
+
+}  // namespace flash_ext::v3

@@ -1,0 +1,77 @@
+// Which tiles a thread block computes, and in which order.
+#pragma once
+
+#include "common/block_range.h"
+#include "common/mask.h"
+
+namespace flash_ext::v3 {
+
+inline constexpr int kRowsPerWarpgroup = 64;
+
+// The rows of one thread block, kRowsPerWarpgroup for each consumer warpgroup. Where they do not
+// fill a whole number of tiles it is the first tile that is short, by warpgroups before row 0:
+// under a causal mask the first rows have the fewest keys, and the fewest warpgroups idle.
+struct Tile {
+  int m_block;
+  int head_idx;
+  int batch_idx;
+  int is_valid;  // 0: there are no more
+};
+
+// What a consumer warpgroup is told of its part of a tile.
+struct alignas(16) WarpgroupTile {
+  int row0;  // the first of its query rows; negative: it has none
+  int head_idx;
+  int batch_idx;
+  int blocks;       // K/V blocks that it computes; 0: all its rows lie before the first
+  int full_blocks;  // the first of these, which need no mask
+  int skipped;      // and blocks behind them that only other warpgroups see
+  int is_valid;
+};
+
+// K/V blocks that are computed for `rows` query rows from row0 on. Rows that see nothing take one
+// block, all masked, which gives them the output 0 like any other; those before row 0 take none.
+FLASH_HOST_DEVICE int num_key_blocks(const Mask& mask, int row0, int rows, int block_n) {
+  if (row0 + rows <= 0) return 0;
+  const int blocks = key_blocks(mask, row0, rows, block_n).end;
+  return blocks > 0 ? blocks : 1;
+}
+
+// The grid is persistent: thread block c of n takes the tiles c, 2n-1-c, 2n+c, 4n-1-c, ... of an
+// order in which tiles get shorter, so that what one round gives a block too much the next takes
+// back.
+//
+// The order: heads are cut into sections, whose K and V should fit in L2 together. A section's
+// tiles come by query block, last (under a causal mask: longest) first; the heads of a block side
+// by side.
+struct Schedule {
+  int num_m_blocks;
+  int num_tiles;
+  int heads_q;
+  int heads_per_section;
+  int num_thread_blocks;
+
+  __device__ __forceinline__ int first_row(const Tile& tile, int seqlen_q, int block_m) const {
+    const int past_last = ceil_div(seqlen_q, kRowsPerWarpgroup) * kRowsPerWarpgroup;
+    return past_last - (num_m_blocks - tile.m_block) * block_m;
+  }
+
+  __device__ __forceinline__ Tile tile(int round) const {
+    const int n = num_thread_blocks;
+    const int c = static_cast<int>(blockIdx.x);
+    // Unsigned: the round after the last may lie up to n past 2^31.
+    const unsigned index = static_cast<unsigned>(round) * n + (round % 2 == 0 ? c : n - 1 - c);
+    if (index >= static_cast<unsigned>(num_tiles)) return {0, 0, 0, 0};
+    const int section_tiles = heads_per_section * num_m_blocks;
+    const int section = static_cast<int>(index) / section_tiles;
+    const int in_section = static_cast<int>(index) - section * section_tiles;
+    const int first_head = section * heads_per_section;
+    const int heads = min(heads_per_section, num_tiles / num_m_blocks - first_head);
+    const int m_rank = in_section / heads;
+    const int batch_head = first_head + in_section - m_rank * heads;
+    const int batch_idx = batch_head / heads_q;
+    return {num_m_blocks - 1 - m_rank, batch_head - batch_idx * heads_q, batch_idx, 1};
+  }
+};
+
+}  // namespace flash_ext::v3

@@ -1,0 +1,118 @@
+// The online softmax of a warpgroup's 64 rows, in pieces that run between matrix products. A thread
+// holds two rows, lane / 4 and lane / 4 + 8 of its warp's sixteen.
+#pragma once
+
+#include "common/numeric.cuh"
+#include "common/online_softmax.cuh"
+
+namespace flash_ext::v3 {
+
+// The maximum that weights are relative to may lag behind the true one by a factor of 2^8 of
+// weight: only beyond that does it move and is O rescaled. Weights up to 256 are exact enough in
+// fp16 and bf16, and O / l and m + log l do not depend on m. H200: +9 to +13% at d=64, +2% at
+// d=128, +6% at d=256 over moving it always.
+inline constexpr float kMaxLagLog2 = 8.f;
+
+struct Softmax {
+  float row_max[2] = {-INFINITY, -INFINITY};  // of the unscaled scores; lags
+  float row_sum[2] = {0.f, 0.f};              // this thread's columns only
+  float max_log2[2] = {0.f, 0.f};             // what the exponents subtract
+  float rescale[2];                           // what earlier weights are to be multiplied by
+  bool rescales = false;                      // in this warp: some rescale is not 1
+  bool shifts = false;                        // in this warp: huge scores, see ExponentBase
+
+  // Takes in the block's scores. Afterwards weights() may turn them into weights.
+  template <int kN>
+  __device__ __forceinline__ void update_max(float (&acc_s)[kN][4], float scale_log2) {
+    float block_max[2];
+    bool grows[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      // Two chains, for the latency of one is what the tensor cores wait for.
+      float even = fmaxf(acc_s[0][2 * half], acc_s[0][2 * half + 1]);
+      float odd = fmaxf(acc_s[1][2 * half], acc_s[1][2 * half + 1]);
+#pragma unroll
+      for (int n = 2; n < kN; n += 2) {
+        even = fmaxf(even, fmaxf(acc_s[n][2 * half], acc_s[n][2 * half + 1]));
+        odd = fmaxf(odd, fmaxf(acc_s[n + 1][2 * half], acc_s[n + 1][2 * half + 1]));
+      }
+      block_max[half] = quad_max(fmaxf(even, odd));
+      grows[half] = (block_max[half] - row_max[half]) * scale_log2 > kMaxLagLog2;
+    }
+    rescales = __any_sync(0xffffffffu, grows[0] || grows[1]);
+    if (!rescales && !shifts) return;
+    float shift[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float old_max = row_max[half];
+      if (grows[half]) row_max[half] = block_max[half];
+      const ExponentBase base(row_max[half], scale_log2);
+      shift[half] = base.shift;
+      max_log2[half] = base.max_log2;
+      rescale[half] = base.rescale(old_max, scale_log2);
+      row_sum[half] *= rescale[half];
+    }
+    shifts = __any_sync(0xffffffffu, shift[0] != 0.f || shift[1] != 0.f);
+    if (!shifts) return;
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) acc_s[n][i] -= shift[i / 2];
+    }
+  }
+
+  // Scores to weights, and their sum, for the 8-column tiles [kBegin, kEnd).
+  template <int kBegin, int kEnd, int kN>
+  __device__ __forceinline__ void weights(float (&acc_s)[kN][4], float scale_log2) {
+    float sum[4] = {0.f, 0.f, 0.f, 0.f};
+#pragma unroll
+    for (int n = kBegin; n < kEnd; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        acc_s[n][i] = ptx::exp2_approx(__fmaf_rn(acc_s[n][i], scale_log2, -max_log2[i / 2]));
+        sum[i] += acc_s[n][i];
+      }
+    }
+    row_sum[0] += sum[0] + sum[1];
+    row_sum[1] += sum[2] + sum[3];
+  }
+
+  template <int kN>
+  __device__ __forceinline__ void rescale_accumulator(float (&acc_o)[kN][4]) const {
+    if (!rescales) return;
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) acc_o[n][i] *= rescale[i / 2];
+    }
+  }
+};
+
+// Sets the scores that the mask hides to -inf. `row0`, `col0`: the thread's first row and column.
+// Unlike the common apply_mask() it compares with constants, which spills nothing here; v2 would be
+// 5 to 9% slower with it.
+template <int kN>
+__device__ __forceinline__ void mask_scores(float (&acc_s)[kN][4], const Mask& mask, int row0,
+                                            int col0) {
+  const int end[2] = {mask.key_end(row0) - col0, mask.key_end(row0 + 8) - col0};
+#pragma unroll
+  for (int n = 0; n < kN; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (8 * n + i % 2 >= end[i / 2]) acc_s[n][i] = -INFINITY;
+    }
+  }
+}
+
+// An accumulator as the A operand of the next product.
+template <typename Element, int kN>
+__device__ __forceinline__ void pack_operand(uint32_t (&frag)[kN / 2][4],
+                                             const float (&acc)[kN][4]) {
+#pragma unroll
+  for (int n = 0; n < kN; ++n) {
+    frag[n / 2][n % 2 * 2] = pack<Element>(acc[n][0], acc[n][1]);
+    frag[n / 2][n % 2 * 2 + 1] = pack<Element>(acc[n][2], acc[n][3]);
+  }
+}
+
+}  // namespace flash_ext::v3
