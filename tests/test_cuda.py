@@ -256,8 +256,8 @@ def test_F01_keys_beyond_2_31_elements(algorithm):
     k, v = k.repeat(1, 1, 2, 1), v.repeat(1, 1, 2, 1)
     out, lse, dq, dk, dv = forward_backward(q, k, v, dout, algorithm=algorithm, deterministic=True)
     exact, exact_lse = attention_reference(q, k[:, :, :half], v[:, :, :half])
-    # Tensor cores round sums towards zero: 9.1e-3 on an H200 after 524,288 blocks of v2.
-    assert relative_error(out, exact) <= 2e-2
+    # Tensor cores round sums towards zero. H200, after 33.5 million keys: v2 9.1e-3, v3 3.4e-2.
+    assert relative_error(out, exact) <= 5e-2
     assert relative_error(lse, exact_lse + math.log(2)) <= 1e-5
     assert dq.isfinite().all()
     for gradient in (dk, dv):
