@@ -171,7 +171,7 @@ struct OutputRows {
     return join_row(i) / 16 * Config::kWarpRows + slab * 16 + join_row(i) % 16;
   }
   __device__ __forceinline__ int col(int i) const {
-    return (thread_idx + i * Config::kNumThreads) % kRowVectors * 4;
+    return (thread_idx + i * (Config::kNumThreads % kRowVectors)) % kRowVectors * 4;
   }
   __device__ __forceinline__ float4* address(int i) const {
     return reinterpret_cast<float4*>(state.o +
