@@ -31,8 +31,8 @@ std::string v3_refusal_on_current_device(c10::ScalarType dtype, const ForwardPar
 }
 
 // One short head of at most 64: v2 splits its keys between warps. It is one sequence that decides,
-// not the batch, on which no row's bits may depend. H200, d=64, v2 over v3: 1x1x256 1.46,
-// 2x1x512 1.48, 4x1x1024 1.54; 1x1x4096 0.64.
+// not the batch, on which no row's bits may depend. H200, d=64, v2 over v3: 1x1x256 1.45,
+// 2x1x512 1.53, 4x1x1024 1.48; 1x1x4096 0.68.
 bool v2_is_faster(const AttentionShape& s) {
   return s.head_dim <= 64 && s.heads_q == 1 && s.seqlen_q <= 1024;
 }

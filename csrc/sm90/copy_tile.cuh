@@ -49,7 +49,8 @@ __device__ __forceinline__ void store_accumulator(Tile& tile,
   }
 }
 
-// One warp sends its 16 rows of the tile off; store_is_read() tells when they may be overwritten.
+// One warp sends its 16 rows of the tile off. They may be overwritten once lane 0 has returned from
+// ptx::tma_store_wait_read().
 template <typename Tile>
 __device__ __forceinline__ void send_rows(Tile& tile, const CUtensorMap& map, TileCoords to,
                                           int row0, int lane_idx) {

@@ -47,7 +47,7 @@ class Descriptor {
   // Rows of the tile are rows of A, or columns of B; k runs along a row.
   template <typename Tile>
   __device__ static Descriptor k_major(const Tile& tile) {
-    return Descriptor(tile, 1);
+    return Descriptor(tile, 16);  // not read where k fills whole rows of 128 bytes
   }
 
   // k runs down the rows: row k of the tile is row k of B.
@@ -69,9 +69,9 @@ class Descriptor {
   __device__ explicit Descriptor(uint64_t bits) : bits_(bits) {}
   template <typename Tile>
   __device__ Descriptor(const Tile& tile, int leading_bytes)
-      : bits_(uint64_t{1} << 62 |                       // 128-byte swizzle
-              uint64_t{8 * kSlabRowBytes / 16} << 32 |  // from eight rows to the next
-              static_cast<uint64_t>((leading_bytes + 15) / 16) << 16 |  // from slab to slab
+      : bits_(uint64_t{1} << 62 |                                // 128-byte swizzle
+              uint64_t{8 * kSlabRowBytes / 16} << 32 |           // from eight rows to the next
+              static_cast<uint64_t>(leading_bytes / 16) << 16 |  // from slab to slab
               // In a cluster the address carries the thread block's rank above bit 18.
               (ptx::smem_addr(&tile) & 0x3ffff) >> 4) {}
 

@@ -19,10 +19,10 @@ struct Shape {
   static constexpr int kEarlySteps = kEarlySteps_;
 };
 
-// H200, bf16, 16k tokens, over cuDNN. d=64, 4k keys: 192x128 1.21, 128x128 0.96 at 512 keys where
-// this takes 1.07; without the overlap 0.97. d=128: 2 early steps or all within 2% of each other;
-// a third V stage +1% at 512 keys, -2% from 4k; blocks of 64 keys 0.97 at 512 where this
-// takes 1.12. d=256: one early step is 1% slower.
+// H200, bf16, 16k tokens, over cuDNN (v3_tuning.json). d=64: 1.21 at 4k and 1.07 at 512 keys, where
+// 128x128 takes 0.96 and no overlap 0.97. d=128: 1.12 at 512, blocks of 64 keys 0.97; all steps
+// early within 4% either way; a third V stage 1.00 to 1.02 of it up to 1k, 0.97 to 0.98 without a
+// mask from 4k. d=256: one early step is up to 2% slower.
 template <int kHeadDim>
 struct TileShape;
 template <>
@@ -41,7 +41,7 @@ struct Config : TileShape<kHeadDim_> {
   using Element = Element_;
   using Base = TileShape<kHeadDim_>;
   static constexpr int kHeadDim = kHeadDim_;
-  static constexpr int kBlockM = Base::kConsumers * 64;
+  static constexpr int kBlockM = Base::kConsumers * kRowsPerWarpgroup;
   static constexpr int kNumThreads = (1 + Base::kConsumers) * 128;
   // Registers of a thread, moved from the producer to the consumers. A launch gives every thread
   // the same, 65,536 over kNumThreads rounded down to a multiple of 8, and no more can be moved.
@@ -51,7 +51,7 @@ struct Config : TileShape<kHeadDim_> {
   static_assert(kProducerRegisters + Base::kConsumers * kConsumerRegisters <=
                 (1 + Base::kConsumers) * kLaunchRegisters);
 
-  using QTile = sm90::SmemTile<Element, 64, kHeadDim>;
+  using QTile = sm90::SmemTile<Element, kRowsPerWarpgroup, kHeadDim>;
   using KVTile = sm90::SmemTile<Element, Base::kBlockN, kHeadDim>;
 
   struct SharedStorage {

@@ -52,7 +52,7 @@ void launch_forward_v3(const ForwardParams& params, CudaStream stream) {
   const auto map = [&](const TensorView& view, int64_t heads, int64_t seqlen, int box_rows) {
     return sm90::make_tensor_map<Element>(view, s.batch, heads, seqlen, s.head_dim, box_rows);
   };
-  const v3::KernelParams p{map(params.q, s.heads_q, s.seqlen_q, 64),
+  const v3::KernelParams p{map(params.q, s.heads_q, s.seqlen_q, v3::kRowsPerWarpgroup),
                            map(params.k, s.heads_kv, s.seqlen_k, Config::kBlockN),
                            map(params.v, s.heads_kv, s.seqlen_k, Config::kBlockN),
                            map(params.out, s.heads_q, s.seqlen_q, 16),

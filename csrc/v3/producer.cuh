@@ -51,8 +51,8 @@ __device__ __forceinline__ void produce_q(typename Config::SharedStorage& smem,
 #pragma unroll 1
     for (int c = 0; c < Config::kConsumers; ++c) {
       auto& ring = smem.q_barriers[c];
-      const int row0 = tile_row0 + 64 * c;
-      const int blocks = num_key_blocks(p.mask, row0, 64, kBlockN);
+      const int row0 = tile_row0 + kRowsPerWarpgroup * c;
+      const int blocks = num_key_blocks(p.mask, row0, kRowsPerWarpgroup, kBlockN);
       sm90::wait_empty(ring, at);
       smem.tile[at.stage][c] = {row0,
                                 tile.head_idx,

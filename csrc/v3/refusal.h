@@ -1,19 +1,11 @@
 // Which calls v3 can serve. Asked before a launch, by the dispatcher and by explain().
 #pragma once
 
-#include <cstdint>
 #include <string>
 
 #include "params.h"
 
 namespace flash_ext::v3 {
-
-// Strides that TMA can take: multiples of 16 bytes, less than 2^40 of them.
-inline bool tma_can_address(const TensorView& view, int element_bytes) {
-  constexpr int64_t kLimit = int64_t{1} << 40;
-  return view.aligned16 && view.batch_stride * element_bytes < kLimit &&
-         view.head_stride * element_bytes < kLimit && view.row_stride * element_bytes < kLimit;
-}
 
 // Why v3 cannot run this call; empty if it can.
 inline std::string refusal(const ForwardParams& params, int element_bytes, bool is_compiled_in,
@@ -28,12 +20,13 @@ inline std::string refusal(const ForwardParams& params, int element_bytes, bool 
   if (params.shape.head_dim % 8 != 0) {
     return "needs a head_dim that is a multiple of 8, got " + std::to_string(params.shape.head_dim);
   }
+  // TMA takes strides in multiples of 16 bytes. (And below 2^40, which no memory reaches.)
   const struct {
     const char* name;
     const TensorView& view;
   } tensors[] = {{"q", params.q}, {"k", params.k}, {"v", params.v}};
   for (const auto& [name, view] : tensors) {
-    if (!tma_can_address(view, element_bytes)) {
+    if (!view.aligned16) {
       return std::string("needs rows that begin at multiples of 16 bytes, got ") + name +
              " with others";
     }

@@ -6,7 +6,7 @@
 
 namespace flash_ext::v3 {
 
-inline constexpr int kRowsPerWarpgroup = 64;
+inline constexpr int kRowsPerWarpgroup = 64;  // as many as a wgmma has
 
 // The rows of one thread block, kRowsPerWarpgroup for each consumer warpgroup. Where they do not
 // fill a whole number of tiles it is the first tile that is short, by warpgroups before row 0:
