@@ -2,7 +2,6 @@
 
 demo             the main job: every implementation side by side on a few shapes (`make demo`)
 bench_attention  the papers' grid of shapes (`make bench`)
-ladder           what each generation bought: v1, v2 and v3 over sequence lengths
 small_shapes     v1, v2 and v3 against naive attention on the shapes where launches, not FLOPs, decide
 memory           extra device memory by sequence length
 host_time        what one call costs the CPU thread that makes it

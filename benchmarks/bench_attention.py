@@ -2,7 +2,8 @@
 
 Tensors are stored (batch, seqlen, heads, head_dim) and viewed as (batch, heads, seqlen, head_dim), as a
 model's projections leave them. Prints tables and the geometric means of the ratios, writes
-attention.json (attention_fp16.json for --dtype fp16) and a plot of the same name.
+attention.json (attention_fp16.json for --dtype fp16), a plot of the same name, and one of what each
+generation bought.
 """
 
 import argparse
@@ -13,7 +14,7 @@ from benchmarks import baselines, record, tables
 from benchmarks.baselines import GRID_BASELINES
 from benchmarks.cases import PASSES, AttentionCase
 from benchmarks.comparison import compare
-from benchmarks.plots import plot_grid
+from benchmarks.plots import plot_grid, plot_ladder
 from benchmarks.timing import Plan
 
 TOKENS, HIDDEN = 16384, 2048
@@ -135,6 +136,17 @@ def report(screen, rows, means):
             )
 
 
+def plot(rows, path, where, tokens, screen):
+    size = f"{tokens:,} tokens, hidden size {HIDDEN}"
+    pictures = [plot_grid(rows, path.with_suffix(".png"), f"Attention on {where}", f"{size}; higher is better")]
+    if ladder := tables.ladder_rows(rows):
+        subtitle = f"{where}, forward, head_dim {tables.LADDER_HEAD_DIM}, {size}"
+        ladder_path = path.with_name(f"{path.stem}_ladder.png")
+        pictures.append(plot_ladder(ladder, ladder_path, "What each generation bought", subtitle))
+    for picture in pictures:
+        screen.print(f"plot:    {picture}", highlight=False)
+
+
 def main():
     options = parse_options()
     device, screen = record.default_device(), tables.console()
@@ -151,13 +163,7 @@ def main():
     path = record.write_results(name, device, payload, options.output_dir)
     screen.print(f"\nresults: {path}", highlight=False)
     if timed:
-        picture = plot_grid(
-            timed,
-            path.with_suffix(".png"),
-            f"Attention on {record.device_name(device)}, {options.dtype}",
-            f"{options.tokens:,} tokens, hidden size {HIDDEN}; higher is better",
-        )
-        screen.print(f"plot:    {picture}", highlight=False)
+        plot(timed, path, f"{record.device_name(device)}, {options.dtype}", options.tokens, screen)
     if ended:
         screen.print(f"Ended early: {ended}", style="bold red", markup=False)
         return 1

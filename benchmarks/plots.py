@@ -132,7 +132,7 @@ def plot_grid(rows, path, title, subtitle):
 
 
 def plot_ladder(rows, path, title, subtitle):
-    """TFLOP/s by sequence length, without and with a mask; a logarithmic axis, for v1 is far below v3."""
+    """tables.ladder_rows by sequence length, without and with a mask. A logarithmic axis: v1 is far below v3."""
     with plt.rc_context(RC):
         figure, axes = plt.subplots(1, 2, sharey=True, figsize=(8.5, 3.6), layout="constrained")
         for axis, causal in zip(axes, (False, True), strict=True):

@@ -13,7 +13,7 @@ import sys
 
 from benchmarks import record
 from benchmarks.cases import PASSES
-from benchmarks.tables import LABELS, format_bytes, format_ms, format_tflops, speedups
+from benchmarks.tables import LABELS, LADDER, format_bytes, format_ms, format_tflops, ladder_rows, speedups
 
 DEFAULT_DEVICE = "nvidia-h200"
 # Groups: the first marker, section, device, what is between, the last marker.
@@ -93,16 +93,15 @@ def ratios_section(results):
 
 def ladder_section(results):
     """TFLOP/s of each generation at each sequence length, and what it gained over the one before."""
-    names = list(dict.fromkeys(row["impl"] for row in results["rows"]))
     steps = (("v1", "v2"), ("v2", "v3"))
-    at = {(row["causal"], row["seqlen"], row["impl"]): row for row in results["rows"]}
+    at = {(row["causal"], row["seqlen"], row["impl"]): row for row in ladder_rows(results["rows"])}
     lines = []
     for causal, seqlen in sorted({key[:2] for key in at}):
-        row = {name: at.get((causal, seqlen, name)) for name in names}
+        row = {name: at.get((causal, seqlen, name)) for name in LADDER}
         gains = [_gain_cell(row.get(f"flash_ext_{old}"), row.get(f"flash_ext_{new}")) for old, new in steps]
         lines.append([seqlen, "yes" if causal else "no", *map(_tflops_cell, row.values()), *gains])
-    header = ["seqlen", "causal", *(LABELS[name] for name in names), *(f"{new} over {old}" for old, new in steps)]
-    return f"{markdown_table(header, lines)}\n\n{source_line(results, results['command'])}"
+    header = ["seqlen", "causal", *(LABELS[name] for name in LADDER), *(f"{new} over {old}" for old, new in steps)]
+    return f"{markdown_table(header, lines)}\n\n{source_line(results, 'make bench')}"
 
 
 def _gain_cell(old, new):
@@ -219,7 +218,7 @@ def build_section(results):
 SECTIONS = {
     "attention": ("attention", attention_section),
     "ratios": ("attention", ratios_section),
-    "ladder": ("ladder", ladder_section),
+    "ladder": ("attention", ladder_section),
     "demo": ("demo", demo_section),
     "memory": ("memory", memory_section),
     "host_time": ("host_time", host_time_section),

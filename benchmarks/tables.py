@@ -22,8 +22,18 @@ LABELS = {
 STYLES = {"flash_ext_v1": "bold", "flash_ext_v2": "bold", "flash_ext_v3": "bold green", "naive": "dim"}
 
 
+# What each generation bought, on the grid's middle head_dim.
+LADDER = ("naive", "flash_ext_v1", "flash_ext_v2", "flash_ext_v3", "sdpa_flash", "sdpa_cudnn")
+LADDER_HEAD_DIM = 128
+
 # Of the grid: each generation beside the one that torch has of it.
 RATIOS = (("flash_ext_v2", "sdpa_flash"), ("flash_ext_v3", "sdpa_cudnn"))
+
+
+def ladder_rows(rows):
+    """The forward rows of the grid that show the generations side by side."""
+    chosen = [row for row in rows if (row["pass"], row["head_dim"]) == ("forward", LADDER_HEAD_DIM)]
+    return [row for name in LADDER for row in chosen if row["impl"] == name]
 
 
 def console():

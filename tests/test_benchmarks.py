@@ -12,7 +12,7 @@ import torch
 for package in ("rich", "matplotlib"):
     pytest.importorskip(package, reason=f"needs {package}, as the benchmarks do")
 
-from benchmarks import baselines, bench_attention, claims, io_model, ladder, readme_tables, record
+from benchmarks import baselines, bench_attention, claims, io_model, readme_tables, record, tables
 from benchmarks.baselines import BASELINES, GRADIENT_CHECK_SEQLEN, check_forward
 from benchmarks.cases import AttentionCase, attention_flops
 from benchmarks.comparison import compare
@@ -186,20 +186,15 @@ def test_peers_cover_the_grid_and_say_what_they_are():
         assert name in claims.PEERS["what"]
 
 
-def test_ladder_is_taken_from_the_grid(tmp_path, monkeypatch, capsys):
-    speeds = dict(zip(ladder.NAMES, (0.5, None, 2.0, 4.0, 2.0, 3.5), strict=True))
-    recorded_grid(tmp_path, speeds)
-    monkeypatch.setattr("sys.argv", ["ladder", "--output-dir", str(tmp_path)])
-    assert ladder.main() == 0
-    results = record.load_results("ladder", tmp_path)
-    assert results["commit"] == "abc"
-    assert len(results["rows"]) == 12 * 5
-    assert (tmp_path / "ladder.png").exists()
+def test_ladder_is_taken_from_the_grid(tmp_path):
+    recorded_grid(tmp_path, dict(zip(tables.LADDER, (0.5, None, 2.0, 4.0, 2.0, 3.5), strict=True)))
+    results = record.load_results("attention", tmp_path)
     line = readme_tables.ladder_section(results).splitlines()[2]
-    assert line == "| 512 | no | 50.0 | 200 | 400 | 200 | 350 | - | 2.00x |"
-    assert "`make bench`" in readme_tables.ladder_section(results)
-    recorded_grid(tmp_path, {name: 1.0 for name in ladder.NAMES if name != "flash_ext_v3"})
-    assert ladder.from_grid(tmp_path) is None
+    assert line == "| 512 | no | 50.0 | - | 200 | 400 | 200 | 350 | - | 2.00x |"
+    assert "commit abc" in readme_tables.ladder_section(results)
+    bench_attention.plot(results["rows"], tmp_path / "attention.json", "a GPU", 16384, tables.console())
+    assert (tmp_path / "attention.png").exists()
+    assert (tmp_path / "attention_ladder.png").exists()
 
 
 def test_readme_sections_come_from_the_records(tmp_path, monkeypatch):
