@@ -9,6 +9,7 @@
 #include "dispatch.h"
 #include "v1/workspace.h"
 #include "v3/refusal.h"
+#include "v3/splits.h"
 
 namespace flash_ext::cuda_backend {
 namespace {
@@ -20,7 +21,9 @@ at::Tensor allocate_workspace(int64_t floats, c10::Device device) {
 }
 
 int64_t forward_workspace_floats(Algorithm algorithm, const AttentionShape& shape) {
-  return algorithm == Algorithm::kV1 ? v1_workspace_floats(shape) : 0;
+  if (algorithm == Algorithm::kV1) return v1_workspace_floats(shape);
+  if (algorithm == Algorithm::kV3) return v3::workspace_floats(shape, multiprocessor_count(shape));
+  return 0;
 }
 
 std::string v3_refusal_on_current_device(c10::ScalarType dtype, const ForwardParams& params) {
@@ -30,11 +33,12 @@ std::string v3_refusal_on_current_device(c10::ScalarType dtype, const ForwardPar
                      10 * major + minor);
 }
 
-// One short head of at most 64: v2 splits its keys between warps. It is one sequence that decides,
-// not the batch, on which no row's bits may depend. H200, d=64, v2 over v3: 1x1x256 1.45,
-// 2x1x512 1.53, 4x1x1024 1.48; 1x1x4096 0.68.
+// One short head of at most 64, with too few keys for v3 to split: v2 splits them between warps. It
+// is one sequence that decides, not the batch, on which no row's bits may depend. H200, d=64, v2
+// over v3: 1x1x256 1.45, 2x1x512 1.53, 4x1x1024 1.48.
 bool v2_is_faster(const AttentionShape& s) {
-  return s.head_dim <= 64 && s.heads_q == 1 && s.seqlen_q <= 1024;
+  return s.head_dim <= 64 && s.heads_q == 1 && s.seqlen_q <= 1024 &&
+         v3::num_splits(s, multiprocessor_count(s)) == 1;
 }
 
 // What "auto" stands for; raises where v3 was asked for and cannot run.

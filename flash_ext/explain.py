@@ -98,7 +98,7 @@ def _reasons(q, k, v, asked, taken, v3_refusal):
     if v3_refusal:
         yield f"v3 {v3_refusal}"
     elif asked == "auto" and taken == "v2":
-        yield "v3 is slower for one head of at most 64 and up to 1024 queries"
+        yield "v3 is slower for one head of at most 64 with up to 1024 queries and less than 2048 keys"
     if not q.is_cuda:
         return
     for name, x in (("q", q), ("k", k), ("v", v)):

@@ -9,17 +9,16 @@ namespace flash_ext::sm90 {
 
 inline constexpr int kWgmmaK = 16;
 
-// acc = A B^T: both tiles lie in shared memory with k along their rows.
-template <typename ATile, typename BTile>
-__device__ __forceinline__ void gemm_abt(float (&acc)[BTile::kRows / 8][4], Descriptor a,
-                                         Descriptor b) {
+// acc = A B^T, of the first kN rows of B: both tiles lie in shared memory with k along their rows.
+template <typename ATile, typename BTile, int kN = BTile::kRows>
+__device__ __forceinline__ void gemm_abt(float (&acc)[kN / 8][4], Descriptor a, Descriptor b) {
   using Element = typename ATile::Element;
   static_assert(ATile::kRows == 64 && ATile::kCols == BTile::kCols);
 #pragma unroll
   for (int k = 0; k < ATile::kCols; k += kWgmmaK) {
     const int slab = k / kSlabCols;
     const int in_row = k % kSlabCols * static_cast<int>(sizeof(Element));
-    ptx::Wgmma<Element, BTile::kRows>::template ss<ptx::Major::kK, ptx::Major::kK>(
+    ptx::Wgmma<Element, kN>::template ss<ptx::Major::kK, ptx::Major::kK>(
         acc, a.at(slab * ATile::kSlabBytes + in_row), b.at(slab * BTile::kSlabBytes + in_row),
         k > 0);
   }

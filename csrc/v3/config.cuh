@@ -36,11 +36,21 @@ struct TileShape<192> : Shape<2, 96, 2, 2, 1, 1> {};
 template <>
 struct TileShape<256> : Shape<2, 64, 2, 2, 1, 0> {};
 
-template <typename Element_, int kHeadDim_>
+// Kernels of their own, for as parts of the plain one they would cost all calls 1 to 5%: ptxas
+// orders the main loop otherwise.
+enum class Variant {
+  kPlain,
+  kHalves,  // a first block of which only the first half is seen is computed by half
+  kSplit,   // the keys are split, see splits.h
+};
+
+template <typename Element_, int kHeadDim_, Variant kVariant>
 struct Config : TileShape<kHeadDim_> {
   using Element = Element_;
   using Base = TileShape<kHeadDim_>;
   static constexpr int kHeadDim = kHeadDim_;
+  static constexpr bool kHalvesFirst = kVariant == Variant::kHalves;
+  static constexpr bool kSplitsKeys = kVariant == Variant::kSplit;
   static constexpr int kBlockM = Base::kConsumers * kRowsPerWarpgroup;
   static constexpr int kNumThreads = (1 + Base::kConsumers) * 128;
   // Registers of a thread, moved from the producer to the consumers. A launch gives every thread

@@ -45,7 +45,8 @@ class Consumer {
     if (warpgroup_idx_ == Config::kConsumers - 1) pass_turn();  // warpgroup 0 begins
     Work work;
     for (; await_tile(work); q_at_.advance()) {
-      if (work.blocks == 0) {
+      if (work.begin == work.end) {
+        if (Config::kSplitsKeys) note_empty_share(tile_of(work));
         release_previous_q(work);
         release_q(work.q_stage);
         continue;
@@ -64,7 +65,8 @@ class Consumer {
   // What is held in registers of a tile; the rest stays in shared memory until its Q is released.
   struct Work {
     int q_stage;
-    int blocks, full_blocks;
+    int begin, end, full_end;
+    bool is_half;
     bool accumulates;  // O of this tile exists
   };
   __device__ __forceinline__ const WarpgroupTile& tile_of(const Work& work) const {
@@ -80,13 +82,15 @@ class Consumer {
     work.q_stage = q_at_.stage;
     const WarpgroupTile& tile = tile_of(work);
     if (!uniform(tile.is_valid)) return false;
-    work.blocks = uniform(tile.blocks);
-    work.full_blocks = uniform(tile.full_blocks);
+    work.begin = Config::kSplitsKeys ? uniform(tile.begin) : 0;
+    work.end = uniform(tile.end);
+    work.full_end = uniform(tile.full_end);
+    work.is_half = Config::kHalvesFirst && uniform(tile.is_half);
     work.accumulates = false;
     if (p_.scale.negate) negate_q();
 #pragma unroll 1
-    for (int n_block = work.blocks + uniform(tile.skipped) - 1; n_block >= work.blocks; --n_block) {
-      skip_block(/*takes_turn=*/n_block > 0);
+    for (int n_block = work.end + uniform(tile.skipped) - 1; n_block >= work.end; --n_block) {
+      skip_block(/*takes_turn=*/n_block > work.begin);
     }
     return true;
   }
@@ -112,26 +116,35 @@ class Consumer {
     release_v();
   }
 
+  // Nothing overlaps with it: what need not be computed is time saved.
   __device__ __forceinline__ void first_block(const Work& work) {
-    float acc_s[kTilesN][4];
     softmax_ = Softmax();
     sm90::wait_full(smem_.k_barriers, k_at_);
+    if constexpr (Config::kHalvesFirst) {
+      if (work.is_half) return first_scores<kBlockN / 2>(work);
+    }
+    first_scores<kBlockN>(work);
+  }
+
+  template <int kKeys>
+  __device__ __forceinline__ void first_scores(const Work& work) {
+    float acc_s[kKeys / 8][4];
     ptx::wgmma_fence();
     issue_scores(acc_s);
     ptx::wgmma_wait_group<0>();
     release_k();
-    if (work.blocks > work.full_blocks) mask_block(acc_s, work, work.blocks - 1);
+    if (work.end > work.full_end) mask_block(acc_s, work, work.end - 1);
     softmax_.update_max(acc_s, p_.scale.log2);
-    softmax_.template weights<0, kTilesN>(acc_s, p_.scale.log2);
+    softmax_.template weights<0, kKeys / 8>(acc_s, p_.scale.log2);
     pack_operand<Element>(frag_p_, acc_s);
   }
 
   __device__ __forceinline__ void other_blocks(Work& work) {
-    int n_block = work.blocks - 2;
+    int n_block = work.end - 2;
 #pragma unroll 1
-    for (; n_block >= work.full_blocks; --n_block) next_block(work, n_block, /*is_edge=*/true);
+    for (; n_block >= work.full_end; --n_block) next_block(work, n_block, /*is_edge=*/true);
 #pragma unroll 1
-    for (; n_block >= 0; --n_block) next_block(work, n_block, /*is_edge=*/false);
+    for (; n_block >= work.begin; --n_block) next_block(work, n_block, /*is_edge=*/false);
   }
 
   // While the tensor cores add the previous block's P V to O, its softmax turns this block's S into
@@ -170,47 +183,95 @@ class Consumer {
     release_v();
   }
 
-  __device__ __forceinline__ void issue_scores(float (&acc_s)[kTilesN][4]) {
-    sm90::gemm_abt<QTile, KVTile>(acc_s, q_desc_.tile<QTile>(q_at_.stage * Config::kConsumers),
-                                  k_desc_.tile<KVTile>(k_at_.stage));
+  template <int kN>
+  __device__ __forceinline__ void issue_scores(float (&acc_s)[kN][4]) {
+    sm90::gemm_abt<QTile, KVTile, 8 * kN>(acc_s,
+                                          q_desc_.tile<QTile>(q_at_.stage * Config::kConsumers),
+                                          k_desc_.tile<KVTile>(k_at_.stage));
   }
   __device__ __forceinline__ void issue_product(Work& work) {
     sm90::gemm_ab<KVTile>(acc_o_, frag_p_, v_desc_.tile<KVTile>(v_at_.stage), work.accumulates);
     work.accumulates = true;
   }
 
-  __device__ __forceinline__ void mask_block(float (&acc_s)[kTilesN][4], const Work& work,
-                                             int n_block) {
+  template <int kN>
+  __device__ __forceinline__ void mask_block(float (&acc_s)[kN][4], const Work& work, int n_block) {
     mask_scores(acc_s, p_.mask, tile_of(work).row0 + 16 * warp_idx_ + lane_idx_ / 4,
                 n_block * kBlockN + lane_idx_ % 4 * 2);
   }
 
-  // L = m + log l, and 1 / l.
-  __device__ __forceinline__ void finish_rows(float (&inverse_sums)[2], const WarpgroupTile& tile) {
+  // Where the tile's rows begin among the rows of all heads, of one share of the keys after
+  // another.
+  __device__ __forceinline__ int64_t head_row(const WarpgroupTile& tile) const {
     const int64_t batch_head = int64_t{tile.batch_idx} * p_.schedule.heads_q + tile.head_idx;
-    float* const lse = p_.lse + batch_head * p_.mask.seqlen_q;
+    const int64_t before = Config::kSplitsKeys ? int64_t{tile.split} * p_.schedule.batch_heads : 0;
+    return (before + batch_head) * p_.mask.seqlen_q;
+  }
+
+  // 1 / l, and L = m + log l or, where the keys are split, m and l.
+  __device__ __forceinline__ void finish_rows(float (&inverse_sums)[2], const WarpgroupTile& tile) {
+    float* const lse = p_.lse + head_row(tile);
+    float2* const stats = p_.shares.stats + head_row(tile);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float sum = quad_sum(softmax_.row_sum[half]);
       inverse_sums[half] = sum > 0.f ? ptx::rcp_approx(sum) : 0.f;
       const int row = tile.row0 + 16 * warp_idx_ + lane_idx_ / 4 + 8 * half;
       if (lane_idx_ % 4 == 0 && row < p_.mask.seqlen_q) {
-        lse[row] = log_sum_exp(softmax_.row_max[half] * p_.scale.natural, sum);
+        if (Config::kSplitsKeys) {
+          stats[row] = make_float2(softmax_.row_max[half], sum);
+        } else {
+          lse[row] = log_sum_exp(softmax_.row_max[half] * p_.scale.natural, sum);
+        }
       }
     }
   }
 
-  // O / l leaves through this warp's own rows of Q, which nobody reads any more.
+  // O / l.
   __device__ __forceinline__ void store(const Work& work, const float (&inverse_sums)[2]) {
+    if (Config::kSplitsKeys) {
+      store_share(tile_of(work), inverse_sums);
+    } else {
+      send_rows(work, inverse_sums);
+    }
+    if (Config::kQBuffers == 1) {
+      release_q(work.q_stage);
+    } else {
+      holds_previous_q_ = true;
+    }
+  }
+
+  // Through this warp's own rows of Q, which nobody reads any more.
+  __device__ __forceinline__ void send_rows(const Work& work, const float (&inverse_sums)[2]) {
     const WarpgroupTile& tile = tile_of(work);
     QTile& staging = smem_.q[work.q_stage][warpgroup_idx_];
     sm90::store_accumulator(staging, acc_o_, inverse_sums, 16 * warp_idx_, lane_idx_);
     sm90::send_rows(staging, p_.out_map, {tile.row0, tile.head_idx, tile.batch_idx}, 16 * warp_idx_,
                     lane_idx_);
-    if (Config::kQBuffers == 1) {
-      release_q(work.q_stage);
-    } else {
-      holds_previous_q_ = true;
+  }
+
+  // In fp32, to be merged with the other shares.
+  __device__ __forceinline__ void store_share(const WarpgroupTile& tile,
+                                              const float (&inverse_sums)[2]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = tile.row0 + 16 * warp_idx_ + lane_idx_ / 4 + 8 * half;
+      if (row >= p_.mask.seqlen_q) continue;
+      float* const out = p_.shares.out + (head_row(tile) + row) * Config::kHeadDim;
+#pragma unroll
+      for (int n = 0; n < Config::kHeadDim / 8; ++n) {
+        *reinterpret_cast<float2*>(out + 8 * n + lane_idx_ % 4 * 2) = make_float2(
+            acc_o_[n][2 * half] * inverse_sums[half], acc_o_[n][2 * half + 1] * inverse_sums[half]);
+      }
+    }
+  }
+
+  // This warpgroup's rows see none of the tile's share of the keys.
+  __device__ __forceinline__ void note_empty_share(const WarpgroupTile& tile) {
+    const int thread_idx = threadIdx.x % 128;
+    const int row = tile.row0 + thread_idx;
+    if (thread_idx < kRowsPerWarpgroup && row >= 0 && row < p_.mask.seqlen_q) {
+      p_.shares.stats[head_row(tile) + row] = make_float2(-INFINITY, 0.f);
     }
   }
 

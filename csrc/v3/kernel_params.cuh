@@ -9,9 +9,16 @@
 
 namespace flash_ext::v3 {
 
+// Where the keys are split: O / l, m and l of every share and row, for merge_shares_kernel.
+struct Shares {
+  float* out;     // (split, batch, heads_q, seqlen_q, kHeadDim); nullptr: the keys are not split
+  float2* stats;  // (split, batch, heads_q, seqlen_q): m of the unscaled scores, and l
+};
+
 struct KernelParams {
   CUtensorMap q_map, k_map, v_map, out_map;
   float* lse;
+  Shares shares;
   Mask mask;
   SoftmaxScale scale;
   int group_size;

@@ -8,19 +8,30 @@
 
 namespace flash_ext::v3 {
 
+// The K/V blocks of a tile whose rows begin at row0.
+template <typename Config>
+__device__ __forceinline__ BlockRange tile_blocks(const KernelParams& p, const Tile& tile,
+                                                  int row0) {
+  const int blocks = num_key_blocks(p.mask, row0, Config::kBlockM, Config::kBlockN);
+  if (!Config::kSplitsKeys) return {0, blocks};
+  return split_blocks(blocks, tile.split, p.schedule.num_splits);
+}
+
 // K and V blocks of one tile after another, the last visible block first.
 template <typename Config>
 __device__ __forceinline__ void produce_kv(typename Config::SharedStorage& smem,
                                            const KernelParams& p) {
   sm90::RingPosition<Config::kKStages> k_at;
   sm90::RingPosition<Config::kVStages> v_at;
-  Tile tile = p.schedule.tile(0);
+  Tile tile = p.schedule.template tile<Config::kSplitsKeys>(0);
   for (int round = 1; tile.is_valid; ++round) {
     const int kv_head_idx = tile.head_idx / p.group_size;
     const int row0 = p.schedule.first_row(tile, p.mask.seqlen_q, Config::kBlockM);
-    const int blocks = num_key_blocks(p.mask, row0, Config::kBlockM, Config::kBlockN);
+    const BlockRange blocks = tile_blocks<Config>(p, tile, row0);
     Tile next;
-    for (int n_block = blocks - 1; n_block >= 0; --n_block) {
+    if (Config::kSplitsKeys && blocks.begin == blocks.end)
+      next = p.schedule.template tile<Config::kSplitsKeys>(round);
+    for (int n_block = blocks.end - 1; n_block >= blocks.begin; --n_block) {
       const sm90::TileCoords from{n_block * Config::kBlockN, kv_head_idx, tile.batch_idx};
       sm90::wait_empty(smem.k_barriers, k_at);
       sm90::load_tile(smem.k[k_at.stage], p.k_map, smem.k_barriers.full[k_at.stage], from);
@@ -29,7 +40,7 @@ __device__ __forceinline__ void produce_kv(typename Config::SharedStorage& smem,
       sm90::load_tile(smem.v[v_at.stage], p.v_map, smem.v_barriers.full[v_at.stage], from);
       v_at.advance();
       // Behind the first block: its divisions must not keep the consumers waiting.
-      if (n_block == blocks - 1) next = p.schedule.tile(round);
+      if (n_block == blocks.end - 1) next = p.schedule.template tile<Config::kSplitsKeys>(round);
     }
     tile = next;
   }
@@ -45,22 +56,27 @@ __device__ __forceinline__ void produce_q(typename Config::SharedStorage& smem,
   Tile tile;
   int round = 0;
   do {
-    tile = p.schedule.tile(round++);
+    tile = p.schedule.template tile<Config::kSplitsKeys>(round++);
     const int tile_row0 = p.schedule.first_row(tile, p.mask.seqlen_q, kBlockM);
-    const int tile_blocks = num_key_blocks(p.mask, tile_row0, kBlockM, kBlockN);
+    const BlockRange blocks = tile_blocks<Config>(p, tile, tile_row0);
 #pragma unroll 1
     for (int c = 0; c < Config::kConsumers; ++c) {
       auto& ring = smem.q_barriers[c];
       const int row0 = tile_row0 + kRowsPerWarpgroup * c;
-      const int blocks = num_key_blocks(p.mask, row0, kRowsPerWarpgroup, kBlockN);
+      const int end = max(
+          blocks.begin, min(blocks.end, num_key_blocks(p.mask, row0, kRowsPerWarpgroup, kBlockN)));
       sm90::wait_empty(ring, at);
-      smem.tile[at.stage][c] = {row0,
-                                tile.head_idx,
-                                tile.batch_idx,
-                                blocks,
-                                p.mask.key_end(row0) / kBlockN,
-                                tile_blocks - blocks,
-                                tile.is_valid};
+      smem.tile[at.stage][c] = {
+          row0,
+          tile.head_idx,
+          tile.batch_idx,
+          blocks.begin,
+          end,
+          max(blocks.begin, p.mask.key_end(row0) / kBlockN),
+          blocks.end - end,
+          static_cast<int16_t>(tile.split),
+          Config::kHalvesFirst && keys_seen(p.mask, row0) <= end * kBlockN - kBlockN / 2,
+          tile.is_valid != 0};
       if (tile.is_valid) {
         sm90::load_tile(smem.q[at.stage][c], p.q_map, ring.full[at.stage],
                         {row0, tile.head_idx, tile.batch_idx});

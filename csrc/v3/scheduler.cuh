@@ -15,6 +15,7 @@ struct Tile {
   int m_block;
   int head_idx;
   int batch_idx;
+  int split;     // which share of the keys
   int is_valid;  // 0: there are no more
 };
 
@@ -23,10 +24,12 @@ struct alignas(16) WarpgroupTile {
   int row0;  // the first of its query rows; negative: it has none
   int head_idx;
   int batch_idx;
-  int blocks;       // K/V blocks that it computes; 0: all its rows lie before the first
-  int full_blocks;  // the first of these, which need no mask
-  int skipped;      // and blocks behind them that only other warpgroups see
-  int is_valid;
+  int begin, end;  // K/V blocks that it computes; none if its rows see none of the tile's
+  int full_end;    // those before it need no mask
+  int skipped;     // blocks from `end` on that only other warpgroups see
+  int16_t split;
+  bool is_half;  // of its last block it sees at most the first half
+  bool is_valid;
 };
 
 // K/V blocks that are computed for `rows` query rows from row0 on. Rows that see nothing take one
@@ -37,17 +40,32 @@ FLASH_HOST_DEVICE int num_key_blocks(const Mask& mask, int row0, int rows, int b
   return blocks > 0 ? blocks : 1;
 }
 
+// How many keys the warpgroup whose rows begin at row0 sees.
+FLASH_HOST_DEVICE int keys_seen(const Mask& mask, int row0) {
+  const int last = row0 + kRowsPerWarpgroup - 1;
+  return mask.key_end(last < mask.seqlen_q ? last : mask.seqlen_q - 1);
+}
+
+// What a share of the keys gets of a tile's `blocks`.
+FLASH_HOST_DEVICE BlockRange split_blocks(int blocks, int split, int num_splits) {
+  const int size = ceil_div(blocks, num_splits);
+  const int begin = split * size;
+  return {begin < blocks ? begin : blocks, begin + size < blocks ? begin + size : blocks};
+}
+
 // The grid is persistent: thread block c of n takes the tiles c, 2n-1-c, 2n+c, 4n-1-c, ... of an
 // order in which tiles get shorter, so that what one round gives a block too much the next takes
 // back.
 //
 // The order: heads are cut into sections, whose K and V should fit in L2 together. A section's
 // tiles come by query block, last (under a causal mask: longest) first; the heads of a block side
-// by side.
+// by side. Where the keys are split, all tiles come once for each share.
 struct Schedule {
   int num_m_blocks;
+  int num_splits;
   int num_tiles;
   int heads_q;
+  int batch_heads;  // batch * heads_q
   int heads_per_section;
   int num_thread_blocks;
 
@@ -56,21 +74,25 @@ struct Schedule {
     return past_last - (num_m_blocks - tile.m_block) * block_m;
   }
 
+  template <bool kSplitsKeys>
   __device__ __forceinline__ Tile tile(int round) const {
     const int n = num_thread_blocks;
     const int c = static_cast<int>(blockIdx.x);
     // Unsigned: the round after the last may lie up to n past 2^31.
     const unsigned index = static_cast<unsigned>(round) * n + (round % 2 == 0 ? c : n - 1 - c);
-    if (index >= static_cast<unsigned>(num_tiles)) return {0, 0, 0, 0};
+    if (index >= static_cast<unsigned>(num_tiles)) return {0, 0, 0, 0, 0};
+    const int tiles_per_split = batch_heads * num_m_blocks;
+    const int split = kSplitsKeys ? static_cast<int>(index) / tiles_per_split : 0;
+    const int in_split = static_cast<int>(index) - split * tiles_per_split;
     const int section_tiles = heads_per_section * num_m_blocks;
-    const int section = static_cast<int>(index) / section_tiles;
-    const int in_section = static_cast<int>(index) - section * section_tiles;
+    const int section = in_split / section_tiles;
+    const int in_section = in_split - section * section_tiles;
     const int first_head = section * heads_per_section;
-    const int heads = min(heads_per_section, num_tiles / num_m_blocks - first_head);
+    const int heads = min(heads_per_section, batch_heads - first_head);
     const int m_rank = in_section / heads;
     const int batch_head = first_head + in_section - m_rank * heads;
     const int batch_idx = batch_head / heads_q;
-    return {num_m_blocks - 1 - m_rank, batch_head - batch_idx * heads_q, batch_idx, 1};
+    return {num_m_blocks - 1 - m_rank, batch_head - batch_idx * heads_q, batch_idx, split, 1};
   }
 };
 
