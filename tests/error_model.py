@@ -72,6 +72,12 @@ class ErrorModel:
             return self.eps**2 * x.square()
         return torch.where(x == 0, 0.0, rounding_variance(x, self.dtype))
 
+    def _lost(self, x):
+        """What rounds to 0 as an operand. Always downwards: unlike other roundings these do not average out."""
+        if self.dtype in (torch.float32, torch.float64):
+            return torch.zeros_like(x)
+        return torch.where(x.abs() <= torch.finfo(self.dtype).smallest_normal * torch.finfo(self.dtype).eps / 2, x, 0.0)
+
     def _accumulation(self, terms_squared, total, count):
         """Variance of a sum of `count` terms: partial sums walk at random, and towards the total."""
         return self.eps**2 * ((1 + count / 12) * terms_squared + count / 36 * total**2)
@@ -125,8 +131,10 @@ class ErrorModel:
         for keys in (centred, self.k) if self.dtype == torch.float64 else (centred,):
             dq_variance += ds_variance @ keys.square() + delta_variance * (self.p @ keys).square()
         dk_variance = (ds_variance + p2 * delta_variance).mT @ q2
+        dk_variance += (self._lost(ds).mT @ self.q).square()
         dk_variance += self._accumulation(ds2.mT @ q2, ds.mT @ self.q, seqlen_q)
         dv_variance = (self.p_rounding + self.p_relative_variance * p2).mT @ do2
+        dv_variance += (self._lost(self.p).mT @ dout).square()
         dv_variance += self._accumulation(p2.mT @ do2, self.p.mT @ dout, seqlen_q)
 
         scale2 = self.scale**2
