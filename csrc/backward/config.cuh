@@ -1,6 +1,8 @@
 // Tiles of the backward kernels.
 #pragma once
 
+#include <type_traits>
+
 #include "backward/workspace.h"
 #include "sm80/smem_tile.cuh"
 
@@ -17,13 +19,16 @@ struct WarpGrid {
 // kinds of product have a warp grid each: S and dP (M x N), dV and dK (N x head_dim), dQ (M x
 // head_dim).
 template <int kBlockM_, int kBlockN_, int kNumWarps_, int kStages_, int kMinBlocks_,
-          typename ScoreWarps_, typename KVWarps_, typename QWarps_>
+          bool kCentresKeys_, typename ScoreWarps_, typename KVWarps_, typename QWarps_>
 struct KVShape {
   static constexpr int kBlockM = kBlockM_;
   static constexpr int kBlockN = kBlockN_;
   static constexpr int kNumWarps = kNumWarps_;
   static constexpr int kStages = kStages_;        // of Q and dO
   static constexpr int kMinBlocks = kMinBlocks_;  // thread blocks a multiprocessor has to hold
+  // dQ comes from a second tile of K without its mean. Where there is no room for that, the rows of
+  // dS are summed up for the last kernel to take the mean out, which costs 2 to 5% of the time.
+  static constexpr bool kCentresKeys = kCentresKeys_;
   // With twice as many warps as the score tile needs, one half computes P and the other dP.
   static constexpr bool kSplitScores = kNumWarps == 2 * ScoreWarps_::kRows * ScoreWarps_::kCols;
   using ScoreWarps = ScoreWarps_;
@@ -36,36 +41,48 @@ struct KVShape {
 template <typename... Shapes>
 struct ShapeList {};
 
-// H200, bf16, batch x heads x seqlen 2x32x8192, d=64, against torch's flash: 64x64 0.86, 128x128
-// 0.86 with spills, 64x128 0.78. 2x16x8192, d=128: 64x128 0.96, with one stage 0.93, 64x64 0.92.
+// H200, bf16, 4x32x4096, d=64, against torch's flash: 64x64 0.97 where a multiprocessor holds three
+// thread blocks (which spills 20 bytes), 0.86 where two, 128x64 0.66, 64x128 0.77; then 1.02 with K
+// without its mean. 4x16x4096, d=128: 64x128 0.95, 64x64 in two thread blocks 0.94; then 0.99.
+// d=256: 64x64 1.00, with one stage and K without its mean 0.93.
 template <int kElementBytes, int kHeadDim>
 struct KVShapes;
 template <>
 struct KVShapes<2, 64> {
-  using type = ShapeList<KVShape<64, 64, 4, 2, 1, WarpGrid<2, 2>, WarpGrid<2, 2>, WarpGrid<2, 2>>>;
+  using type =
+      ShapeList<KVShape<64, 64, 4, 2, 3, true, WarpGrid<2, 2>, WarpGrid<2, 2>, WarpGrid<2, 2>>>;
 };
 template <>
 struct KVShapes<2, 128> {
-  using type = ShapeList<KVShape<64, 128, 8, 2, 1, WarpGrid<2, 4>, WarpGrid<4, 2>, WarpGrid<2, 4>>,
-                         KVShape<64, 64, 4, 1, 1, WarpGrid<2, 2>, WarpGrid<2, 2>, WarpGrid<2, 2>>>;
+  template <bool kCentresKeys>
+  using Large =
+      KVShape<64, 128, 8, 2, 1, kCentresKeys, WarpGrid<2, 4>, WarpGrid<4, 2>, WarpGrid<2, 4>>;
+  using Small = KVShape<64, 64, 4, 1, 1, true, WarpGrid<2, 2>, WarpGrid<2, 2>, WarpGrid<2, 2>>;
+  using type = ShapeList<Large<true>, Large<false>, Small>;
 };
 template <>
 struct KVShapes<2, 256> {
-  using type = ShapeList<KVShape<64, 64, 8, 2, 1, WarpGrid<4, 2>, WarpGrid<2, 4>, WarpGrid<2, 4>>,
-                         KVShape<64, 64, 8, 1, 1, WarpGrid<4, 2>, WarpGrid<2, 4>, WarpGrid<2, 4>>>;
+  using type =
+      ShapeList<KVShape<64, 64, 8, 2, 1, false, WarpGrid<4, 2>, WarpGrid<2, 4>, WarpGrid<2, 4>>,
+                KVShape<64, 64, 8, 1, 1, false, WarpGrid<4, 2>, WarpGrid<2, 4>, WarpGrid<2, 4>>>;
 };
 template <>
 struct KVShapes<4, 64> {
-  using type = ShapeList<KVShape<64, 32, 8, 2, 2, WarpGrid<4, 2>, WarpGrid<2, 4>, WarpGrid<4, 2>>>;
+  using type =
+      ShapeList<KVShape<64, 32, 8, 2, 2, true, WarpGrid<4, 2>, WarpGrid<2, 4>, WarpGrid<4, 2>>>;
 };
 template <>
 struct KVShapes<4, 128> {
-  using type = ShapeList<KVShape<32, 64, 8, 2, 1, WarpGrid<2, 4>, WarpGrid<2, 4>, WarpGrid<2, 4>>,
-                         KVShape<32, 32, 8, 1, 1, WarpGrid<2, 2>, WarpGrid<2, 4>, WarpGrid<2, 4>>>;
+  template <bool kCentresKeys>
+  using Large =
+      KVShape<32, 64, 8, 2, 1, kCentresKeys, WarpGrid<2, 4>, WarpGrid<2, 4>, WarpGrid<2, 4>>;
+  using Small = KVShape<32, 32, 8, 1, 1, true, WarpGrid<2, 2>, WarpGrid<2, 4>, WarpGrid<2, 4>>;
+  using type = ShapeList<Large<true>, Large<false>, Small>;
 };
 template <>
 struct KVShapes<4, 256> {
-  using type = ShapeList<KVShape<32, 32, 8, 1, 1, WarpGrid<2, 2>, WarpGrid<1, 8>, WarpGrid<1, 8>>>;
+  using type =
+      ShapeList<KVShape<32, 32, 8, 1, 1, false, WarpGrid<2, 2>, WarpGrid<1, 8>, WarpGrid<1, 8>>>;
 };
 
 template <typename Element_, int kHeadDim_, typename Shape>
@@ -79,13 +96,17 @@ struct KVConfig : Shape {
   using KVTile = sm80::SmemTile<Element, Shape::kBlockN, kHeadDim>;
   using ScoreTile = sm80::SmemTile<Element, Shape::kBlockM, Shape::kBlockN>;
 
-  struct SharedStorage {
+  struct Tiles {
     KVTile k, v;  // dK and dV at the end
     QTile q[Shape::kStages], dout[Shape::kStages];
     ScoreTile p, ds;
     alignas(16) float lse_log2[Shape::kStages][Shape::kBlockM];
     alignas(16) float delta[Shape::kStages][Shape::kBlockM];
   };
+  struct TilesAndCentredKeys : Tiles {
+    KVTile k_centred;
+  };
+  using SharedStorage = std::conditional_t<Shape::kCentresKeys, TilesAndCentredKeys, Tiles>;
   static_assert(sizeof(SharedStorage) <= 227 * 1024, "fits the largest GPU");
 };
 

@@ -4,13 +4,12 @@
 // One thread block owns kBlockN keys of one key head and walks over every query block that sees
 // them, of every query head in the group, so that dK and dV stay in registers to the end and are
 // the same to the bit in every run.
-//   1. load K, V; start Q, dO of the first query block
+//   1. load K, V; start Q, dO of the first query block; K' = K - mean(K)
 //   2. for every query block i (of every query head of the group):
 //   3.   S = Q K^T, P = exp2(S - L)         dP = dO V^T, dS = P * (dP - delta)
 //   4.   P and dS through shared memory: the products below need them transposed
 //   5.   dV += P^T dO,  dK += dS^T Q
-//   6.   dQ_i += dS K, added to an fp32 buffer in memory, for other thread blocks add to its rows;
-//        and rowsum(dS), which the last kernel needs for the mean of K
+//   6.   dQ_i += dS K', added to an fp32 buffer in memory, for other thread blocks add to its rows
 //   7. dK * scale, dV leave through shared memory
 #pragma once
 
@@ -56,6 +55,54 @@ __device__ __forceinline__ void row_sums(float (&row_sum)[kM][2], const A& ds_op
   }
 }
 
+// K minus its mean, for dQ.
+template <typename Config>
+__device__ __forceinline__ void centre_keys(typename Config::SharedStorage& smem,
+                                            const float* key_mean, int thread_idx) {
+  using Element = typename Config::Element;
+  using KVTile = typename Config::KVTile;
+  using Thread = sm80::TileThread<KVTile, Config::kNumThreads>;
+  const Thread thread(thread_idx);
+#pragma unroll
+  for (int piece = 0; piece < Thread::kPieces; ++piece) {
+    float mean[KVTile::kChunk];
+#pragma unroll
+    for (int i = 0; i < KVTile::kChunk; ++i) {
+      mean[i] = key_mean[thread.col + piece * Thread::kPieceCols + i];
+    }
+#pragma unroll
+    for (int pass = 0; pass < Thread::kPasses; ++pass) {
+      const int offset = thread.offset(pass, piece);
+      uint4 bits = *reinterpret_cast<const uint4*>(smem.k.bytes() + offset);
+      auto* x = reinterpret_cast<Element*>(&bits);
+#pragma unroll
+      for (int i = 0; i < KVTile::kChunk; ++i) x[i] = from_float<Element>(to_float(x[i]) - mean[i]);
+      *reinterpret_cast<uint4*>(smem.k_centred.bytes() + offset) = bits;
+    }
+  }
+}
+
+template <typename Config>
+__device__ __forceinline__ typename Config::KVTile& keys_for_dq(
+    typename Config::SharedStorage& smem) {
+  if constexpr (Config::kCentresKeys) {
+    return smem.k_centred;
+  } else {
+    return smem.k;
+  }
+}
+
+// A step of the walk over the query blocks that see a tile, of one head of the group after another.
+struct QueryBlock {
+  int head_idx;
+  int m_block;
+
+  __device__ __forceinline__ QueryBlock next(const BlockRange& blocks) const {
+    return m_block + 1 < blocks.end ? QueryBlock{head_idx, m_block + 1}
+                                    : QueryBlock{head_idx + 1, blocks.begin};
+  }
+};
+
 template <typename Config, bool kWithDq>
 __global__ void __launch_bounds__(Config::kNumThreads, Config::kMinBlocks)
     kv_kernel(const __grid_constant__ KernelParams p) {
@@ -90,14 +137,14 @@ __global__ void __launch_bounds__(Config::kNumThreads, Config::kMinBlocks)
   const bool wants_ds = wants_dk || kWithDq;
 
   const BlockRange blocks = query_blocks(p.mask, n0, kBlockM);
-  const int blocks_per_head = blocks.end - blocks.begin;
-  const int num_iterations = blocks_per_head > 0 ? blocks_per_head * p.group_size : 0;
+  const int num_iterations = max(blocks.end - blocks.begin, 0) * p.group_size;
 
-  // Starts the copy of iteration `it`'s Q, dO and row statistics.
-  auto load_queries = [&](int it) {
-    const int head_idx = kv_head_idx * p.group_size + it / blocks_per_head;
-    const int m0 = (blocks.begin + it % blocks_per_head) * kBlockM;
-    const int stage = it % kStages;
+  QueryBlock at{kv_head_idx * p.group_size, blocks.begin};
+
+  // Starts the copy of a query block's Q, dO and row statistics.
+  auto load_queries = [&](const QueryBlock& block, int stage) {
+    const int head_idx = block.head_idx;
+    const int m0 = block.m_block * kBlockM;
     sm80::load_tile<kNumThreads>(smem.q[stage],
                                  sm80::gmem_rows<Element>(p.q, batch_idx, head_idx, p.head_dim), m0,
                                  seqlen_q, thread_idx);
@@ -133,19 +180,26 @@ __global__ void __launch_bounds__(Config::kNumThreads, Config::kMinBlocks)
     sm80::load_tile<kNumThreads>(smem.v,
                                  sm80::gmem_rows<Element>(p.v, batch_idx, kv_head_idx, p.head_dim),
                                  n0, seqlen_k, thread_idx);
-    load_queries(0);
+    load_queries(at, 0);
+    if constexpr (kWithDq && Config::kCentresKeys) {
+      ptx::cp_async_wait_group<0>();
+      __syncthreads();
+      const int64_t kv_head = static_cast<int64_t>(batch_idx) * p.heads_kv + kv_head_idx;
+      centre_keys<Config>(smem, p.key_mean + kv_head * kHeadDim, thread_idx);
+    }
   }
 
+  int stage = 0;
   for (int it = 0; it < num_iterations; ++it) {
-    const int stage = it % kStages;
-    const int m_block = blocks.begin + it % blocks_per_head;
-    const int m0 = m_block * kBlockM;
+    const int head_idx = at.head_idx;
+    const int m0 = at.m_block * kBlockM;
+    at = at.next(blocks);
+    const int next_stage = (stage + 1) % kStages;
     ptx::cp_async_wait_group<0>();
     __syncthreads();  // this iteration's tiles have arrived; the last one's P, dS are read
-    if (kStages > 1 && it + 1 < num_iterations) load_queries(it + 1);
+    if (kStages > 1 && it + 1 < num_iterations) load_queries(at, next_stage);
 
     // Step 3.
-    const int head_idx = kv_head_idx * p.group_size + it / blocks_per_head;
     const int64_t head_row = static_cast<int64_t>(batch_idx) * p.heads_q + head_idx;
     const float* lse = p.lse + head_row * seqlen_q + m0;
     const auto k_operand = sm80::KMajorB(smem.k, score_col0, lane_idx);
@@ -211,7 +265,7 @@ __global__ void __launch_bounds__(Config::kNumThreads, Config::kMinBlocks)
     }
     if (kStages == 1) {
       __syncthreads();  // Q and dO are read; the next ones arrive behind the dQ product
-      if (it + 1 < num_iterations) load_queries(it + 1);
+      if (it + 1 < num_iterations) load_queries(at, next_stage);
     }
 
     // Step 6.
@@ -221,9 +275,9 @@ __global__ void __launch_bounds__(Config::kNumThreads, Config::kMinBlocks)
       float acc_dq[Dq::kM][Dq::kN][4];
       sm80::clear(acc_dq);
       const sm80::KMajorA ds_operand(smem.ds, dq.row0, lane_idx);
-      sm80::warp_gemm<kBlockN / kK>(
-          acc_dq, ds_operand,
-          sm80::MNMajorB<typename Config::KVTile, KOrder::kNatural>(smem.k, dq.col0, lane_idx));
+      sm80::warp_gemm<kBlockN / kK>(acc_dq, ds_operand,
+                                    sm80::MNMajorB<typename Config::KVTile, KOrder::kNatural>(
+                                        keys_for_dq<Config>(smem), dq.col0, lane_idx));
       const int64_t tile_row = head_row * p.padded_seqlen_q + m0;
       float* accum = p.dq_accum + tile_row * kHeadDim;
 #pragma unroll
@@ -234,7 +288,7 @@ __global__ void __launch_bounds__(Config::kNumThreads, Config::kMinBlocks)
           ptx::red_add_v4(accum + dq.offset(m, n), acc[0], acc[1], acc[2], acc[3]);
         }
       }
-      if (dq.col0 == 0) {
+      if (!Config::kCentresKeys && dq.col0 == 0) {
         float row_sum[Dq::kM][2];
         row_sums<kBlockN / kK>(row_sum, ds_operand);
 #pragma unroll
@@ -247,6 +301,7 @@ __global__ void __launch_bounds__(Config::kNumThreads, Config::kMinBlocks)
         }
       }
     }
+    stage = next_stage;
   }
 
   // Step 7.

@@ -23,7 +23,7 @@ struct KernelParams {
   // Sections of the workspace, see BackwardWorkspace.
   float* lse_log2;
   float* delta;
-  float* dq_row_sum;  // rowsum(dS) - dL, the rounding error of the row
+  float* dq_row_sum;  // -dL, and where dQ comes from K as it is, rowsum(dS) - dL
   float* key_mean;
   float* dq_accum;
 
@@ -116,9 +116,10 @@ __device__ __forceinline__ void compute_ds(float (&acc_dp)[kM][kN][4],
   }
 }
 
-// The last step of dQ = scale * (dS K - (rowsum(dS) - dL) mean(K)^T). Exactly, a row of dS sums to
-// dL, the gradient of its log-sum-exp; rounded, it does not, and the remainder times a large mean
-// of K is an error of 10 to 50% in dQ on biased keys. Any vector near the mean removes it.
+// The last step of dQ = scale * (dS K - (rowsum(dS) - dL) mean(K)^T), or of the same from K without
+// its mean, scale * (dS K' + dL mean(K)^T). Exactly, a row of dS sums to dL, the gradient of its
+// log-sum-exp; rounded, it does not, and the remainder times a large mean of K is an error of 10 to
+// 50% in dQ on biased keys. Any vector near the mean removes it.
 template <int kM, int kN>
 __device__ __forceinline__ void correct_and_scale_dq(float (&acc_dq)[kM][kN][4],
                                                      const float (&row_sum_error)[kM][2],

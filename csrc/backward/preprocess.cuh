@@ -67,15 +67,18 @@ __global__ void __launch_bounds__(kPreprocessThreads)
 }
 
 // The mean of the keys, or beyond kMeanRows of them of evenly spaced ones: near enough to the mean
-// for the correction of dQ (see correct_and_scale_dq), and the same in every run.
+// for the correction of dQ (see correct_and_scale_dq), and the same in every run. Rounded to an
+// element, so that K minus it is one rounding of the true difference; and 0 where it is small
+// beside the values, for subtracting it would only round K again.
 inline constexpr int kMeanRows = 512;
 inline constexpr int kMeanThreads = 1024;
+inline constexpr float kSmallMean = 0.25f;  // of the root mean square
 
 template <typename Element, int kHeadDim>
 __global__ void __launch_bounds__(kMeanThreads)
     key_mean_kernel(const __grid_constant__ KernelParams p) {
   constexpr int kRowGroups = kMeanThreads / kHeadDim;
-  __shared__ float partial[kRowGroups][kHeadDim];
+  __shared__ float2 partial[kRowGroups][kHeadDim];  // sums, and of squares
   const int64_t batch_idx = blockIdx.x / p.heads_kv;
   const int64_t kv_head_idx = blockIdx.x % p.heads_kv;
   const auto k = sm80::gmem_rows<const Element>(p.k, batch_idx, kv_head_idx, p.head_dim);
@@ -83,19 +86,28 @@ __global__ void __launch_bounds__(kMeanThreads)
   const int row_group = threadIdx.x / kHeadDim;
   const int step = ceil_div(p.mask.seqlen_k, kMeanRows);
   const int num_rows = ceil_div(p.mask.seqlen_k, step);
-  float sum = 0.f;
+  float2 sum = make_float2(0.f, 0.f);
   if (col < p.head_dim) {
 #pragma unroll 16
-    for (int i = row_group; i < num_rows; i += kRowGroups)
-      sum += to_float(k.data[static_cast<int64_t>(i) * step * k.row_stride + col]);
+    for (int i = row_group; i < num_rows; i += kRowGroups) {
+      const float x = to_float(k.data[static_cast<int64_t>(i) * step * k.row_stride + col]);
+      sum.x += x;
+      sum.y += x * x;
+    }
   }
   partial[row_group][col] = sum;
   __syncthreads();
   if (row_group > 0) return;
 #pragma unroll
-  for (int i = 1; i < kRowGroups; ++i) sum += partial[i][col];
+  for (int i = 1; i < kRowGroups; ++i) {
+    sum.x += partial[i][col].x;
+    sum.y += partial[i][col].y;
+  }
+  const float mean = sum.x / static_cast<float>(num_rows);
+  const float mean_of_squares = sum.y / static_cast<float>(num_rows);
+  const bool is_small = mean * mean <= kSmallMean * kSmallMean * mean_of_squares;
   p.key_mean[static_cast<int64_t>(blockIdx.x) * kHeadDim + col] =
-      sum / static_cast<float>(num_rows);
+      is_small ? 0.f : to_float(from_float<Element>(mean));
 }
 
 }  // namespace flash_ext::backward
