@@ -41,10 +41,11 @@ __device__ __forceinline__ void gemm_ab(float (&acc)[BTile::kCols / 8][4],
   ptx::wgmma_commit_group();
 }
 
-// acc = A B: both in shared memory, k along the rows of A (64, as above), and B's rows run along k.
+// acc (+)= A B: both in shared memory, k along the rows of A (64, as above), and B's rows run along
+// k.
 template <typename ATile, typename BTile>
 __device__ __forceinline__ void gemm_ab(float (&acc)[BTile::kCols / 8][4], Descriptor a,
-                                        Descriptor b) {
+                                        Descriptor b, bool accumulates = false) {
   using Element = typename ATile::Element;
   static_assert(ATile::kRows % 64 == 0 && ATile::kCols == BTile::kRows);
 #pragma unroll
@@ -52,7 +53,22 @@ __device__ __forceinline__ void gemm_ab(float (&acc)[BTile::kCols / 8][4], Descr
     const int slab = k / kSlabCols;
     const int in_row = k % kSlabCols * static_cast<int>(sizeof(Element));
     ptx::Wgmma<Element, BTile::kCols>::template ss<ptx::Major::kK, ptx::Major::kMN>(
-        acc, a.at(slab * ATile::kSlabBytes + in_row), b.at(k * kSlabRowBytes), k > 0);
+        acc, a.at(slab * ATile::kSlabBytes + in_row), b.at(k * kSlabRowBytes),
+        accumulates || k > 0);
+  }
+  ptx::wgmma_commit_group();
+}
+
+// acc (+)= A^T B: both in shared memory, the rows of both run along k; A has 64 columns.
+template <typename ATile, typename BTile>
+__device__ __forceinline__ void gemm_atb(float (&acc)[BTile::kCols / 8][4], Descriptor a,
+                                         Descriptor b, bool accumulates = false) {
+  using Element = typename ATile::Element;
+  static_assert(ATile::kCols == 64 && ATile::kRows == BTile::kRows);
+#pragma unroll
+  for (int k = 0; k < ATile::kRows; k += kWgmmaK) {
+    ptx::Wgmma<Element, BTile::kCols>::template ss<ptx::Major::kMN, ptx::Major::kMN>(
+        acc, a.at(k * kSlabRowBytes), b.at(k * kSlabRowBytes), accumulates || k > 0);
   }
   ptx::wgmma_commit_group();
 }
