@@ -18,7 +18,7 @@ struct alignas(16) RowStatistics {
 };
 
 struct KernelParams {
-  CUtensorMap q_map, k_map, v_map, dout_map;  // boxes of kBlockM and kBlockN rows
+  CUtensorMap q_map, k_map, v_map, dout_map;  // boxes of kBlockM and kThreadBlockN rows
   TensorView k, out, dout, dq, dk, dv;
   const float* lse;
   const float* dlse;  // nullptr: no gradient reached L
@@ -35,7 +35,8 @@ struct KernelParams {
   float* row_statistics;
   float* delta;
   float* key_mean;
-  float* dq_accum;  // nullptr: dQ is not asked for
+  float* dq_accum;    // nullptr: dQ is not asked for
+  float* dq_row_sum;  // nullptr: dQ is accumulated without the mean of K
 };
 
 // The block of query rows that is m_block-th of its head, counted over all heads.

@@ -8,9 +8,9 @@
 #include "launch.h"
 #include "sm90/tensor_map.h"
 #include "v3/backward/kernel.cuh"
+#include "v3/backward/pair_kernel.cuh"
 #include "v3/backward/postprocess.cuh"
 #include "v3/backward/preprocess.cuh"
-#include "v3/backward/split_kernel.cuh"
 #include "v3/backward/workspace.h"
 
 namespace flash_ext {
@@ -39,10 +39,11 @@ Schedule make_schedule(const BackwardParams& params) {
   const AttentionShape& s = params.shape;
   const int64_t num_n_blocks = (s.seqlen_k + Config::kBlockN - 1) / Config::kBlockN;
   const int64_t num_tiles = grid_size(num_n_blocks * s.batch * s.heads_kv, s);
-  const int64_t num_blocks = std::min<int64_t>(num_tiles, multiprocessor_count(s));
+  const int64_t num_walkers =
+      std::min<int64_t>(num_tiles, multiprocessor_count(s) / Config::kClusterSize);
   return {static_cast<int>(num_n_blocks), static_cast<int>(num_tiles), static_cast<int>(s.heads_kv),
-          static_cast<int>(section_heads<Config>(params, num_n_blocks, num_blocks)),
-          static_cast<int>(num_blocks)};
+          static_cast<int>(section_heads<Config>(params, num_n_blocks, num_walkers)),
+          static_cast<int>(num_walkers)};
 }
 
 template <typename Config>
@@ -55,8 +56,8 @@ KernelParams make_kernel_params(const BackwardParams& params) {
   };
   return KernelParams{
       map(params.q, s.heads_q, s.seqlen_q, Config::kBlockM),
-      map(params.k, s.heads_kv, s.seqlen_k, Config::kBlockN),
-      map(params.v, s.heads_kv, s.seqlen_k, Config::kBlockN),
+      map(params.k, s.heads_kv, s.seqlen_k, Config::kThreadBlockN),
+      map(params.v, s.heads_kv, s.seqlen_k, Config::kThreadBlockN),
       map(params.dout, s.heads_q, s.seqlen_q, Config::kBlockM),
       params.k,
       params.out,
@@ -78,7 +79,9 @@ KernelParams make_kernel_params(const BackwardParams& params) {
       params.workspace + sections.lse_log2,
       params.workspace + sections.delta,
       params.workspace + sections.key_mean,
-      params.dq.data != nullptr ? params.workspace + sections.dq_accum : nullptr};
+      params.dq.data != nullptr ? params.workspace + sections.dq_accum : nullptr,
+      params.dq.data != nullptr && !Config::kCentresKeys ? params.workspace + sections.dq_row_sum
+                                                         : nullptr};
 }
 
 template <typename Config>
@@ -93,7 +96,7 @@ void launch_kernels(const BackwardParams& params, void (*main_kernel)(KernelPara
   const int64_t row_blocks = s.batch * s.heads_q * p.num_m_blocks;
   launch_kernel(preprocess_kernel<Element, kHeadDim, kBlockM>, s.batch * s.heads_kv + row_blocks,
                 kPreprocessThreads, 0, stream, "the v3 backward's preprocess kernel", p, s);
-  launch_kernel(main_kernel, p.schedule.num_thread_blocks, Config::kNumThreads,
+  launch_kernel(main_kernel, p.schedule.num_walkers * Config::kClusterSize, Config::kNumThreads,
                 sizeof(typename Config::SharedStorage), stream, "the v3 backward's main kernel", p,
                 s, Overlap::kPrevious);
   if (params.dq.data == nullptr) return;
@@ -110,8 +113,8 @@ template <typename Element, int kHeadDim>
 void launch_backward_v3(const BackwardParams& params, CudaStream stream) {
   using namespace v3::backward;
   if constexpr (kHeadDim == 256) {
-    using Main = SplitConfig<Element>;
-    launch_kernels<Main>(params, split_kernel<Main>, stream);
+    using Main = PairConfig<Element>;
+    launch_kernels<Main>(params, pair_kernel<Main>, stream);
   } else {
     using Main = Config<Element, kHeadDim>;
     launch_kernels<Main>(params, backward_kernel<Main>, stream);

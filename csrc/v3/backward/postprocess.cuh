@@ -37,20 +37,25 @@ __global__ void __launch_bounds__(kPostprocessThreads)
     acc_dq[n][2] = x.z;
     acc_dq[n][3] = x.w;
   }
-  // Against the mean of K the main kernel left out what a row of dS sums to: dL.
-  if (p.dlse != nullptr) {
+  // A row of dS sums to dL. The main kernel has left the mean of K out of the product, and with it
+  // dL times the mean; or, where there are row sums, it has not, and their error is in the result.
+  if (p.dlse != nullptr || p.dq_row_sum != nullptr) {
     const int64_t kv_head = int64_t{batch_idx} * p.heads_kv + head_idx / p.group_size;
     const float* mean = p.key_mean + kv_head * kHeadDim + col0 + lane_idx % 4 * 2;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = row0 + lane_idx / 4 + 8 * half;
       const int64_t at = batch_head * p.mask.seqlen_q + row;
-      const bool sees_keys = row < p.mask.seqlen_q && p.lse[at] != -INFINITY;
-      const float dlse = sees_keys ? p.dlse[at] : 0.f;
+      const bool has_dlse =
+          p.dlse != nullptr && row < p.mask.seqlen_q && p.lse[at] != -INFINITY;
+      float missing = has_dlse ? p.dlse[at] : 0.f;
+      if (p.dq_row_sum != nullptr) {
+        missing -= p.dq_row_sum[rows64 * 64 + threadIdx.x / 32 * 16 + lane_idx / 4 + 8 * half];
+      }
 #pragma unroll
       for (int n = 0; n < kTilesN; ++n) {
-        acc_dq[n][2 * half] += dlse * mean[8 * n];
-        acc_dq[n][2 * half + 1] += dlse * mean[8 * n + 1];
+        acc_dq[n][2 * half] += missing * mean[8 * n];
+        acc_dq[n][2 * half + 1] += missing * mean[8 * n + 1];
       }
     }
   }

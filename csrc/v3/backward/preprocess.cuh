@@ -58,6 +58,9 @@ __device__ __forceinline__ void row_statistics(const KernelParams& p, int64_t bl
       accum[i * kPreprocessThreads + threadIdx.x] = make_float4(0.f, 0.f, 0.f, 0.f);
     }
   }
+  if (p.dq_row_sum != nullptr && threadIdx.x < kBlockM) {
+    p.dq_row_sum[block * kBlockM + threadIdx.x] = 0.f;
+  }
   auto& statistics = reinterpret_cast<RowStatistics<kBlockM>*>(p.row_statistics)[block];
   bool is_huge = false;
 #pragma unroll

@@ -15,7 +15,7 @@ struct Tile {
   bool is_valid;  // false: there are no more
 };
 
-// The grid is persistent: thread block c of n takes the tiles c, 2n-1-c, 2n+c, 4n-1-c, ... of an
+// The grid is persistent: thread block (or cluster) c of n takes the tiles c, 2n-1-c, 2n+c, 4n-1-c, ... of an
 // order in which tiles get shorter, so that what one round gives a block too much the next takes
 // back.
 //
@@ -27,11 +27,10 @@ struct Schedule {
   int num_tiles;
   int heads_kv;
   int heads_per_section;
-  int num_thread_blocks;
+  int num_walkers;  // thread blocks, or clusters
 
-  __device__ __forceinline__ Tile tile(int round) const {
-    const int n = num_thread_blocks;
-    const int c = static_cast<int>(blockIdx.x);
+  __device__ __forceinline__ Tile tile(int round, int c = blockIdx.x) const {
+    const int n = num_walkers;
     // Unsigned: the round after the last may lie up to n past 2^31.
     const unsigned index = static_cast<unsigned>(round) * n + (round % 2 == 0 ? c : n - 1 - c);
     if (index >= static_cast<unsigned>(num_tiles)) return {0, 0, 0, false};

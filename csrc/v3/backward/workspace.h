@@ -16,12 +16,14 @@ inline constexpr int backward_block_m(int64_t padded_head_dim) {
 //   delta:     (batch, heads_q, padded seqlen_q)
 //   key_mean:  (batch, heads_kv, padded head_dim)
 //   dq_accum:  (batch, heads_q, padded seqlen_q, padded head_dim), where dQ is asked for
+//   dq_row_sum: (batch, heads_q, padded seqlen_q), likewise; at head_dim 256 only
 struct BackwardWorkspace {
   int64_t num_m_blocks = 0;
   int64_t lse_log2 = 0;
   int64_t delta = 0;
   int64_t key_mean = 0;
   int64_t dq_accum = 0;
+  int64_t dq_row_sum = 0;
   int64_t num_floats = 0;
 
   explicit BackwardWorkspace(const BackwardParams& params) {
@@ -32,8 +34,9 @@ struct BackwardWorkspace {
     delta = lse_log2 + blocks * (block_m + 4);
     key_mean = delta + blocks * block_m;
     dq_accum = key_mean + s.batch * s.heads_kv * s.padded_head_dim();
-    num_floats =
-        dq_accum + (params.dq.data != nullptr ? blocks * block_m * s.padded_head_dim() : 0);
+    const int64_t dq_rows = params.dq.data != nullptr ? blocks * block_m : 0;
+    dq_row_sum = dq_accum + dq_rows * s.padded_head_dim();
+    num_floats = dq_row_sum + (s.padded_head_dim() == 256 ? dq_rows : 0);
   }
 };
 
