@@ -1,0 +1,49 @@
+// Tiles of the v3 backward at head_dim up to 128.
+#pragma once
+
+#include "sm90/pipeline.cuh"
+#include "sm90/smem_tile.cuh"
+#include "v3/backward/kernel_params.cuh"
+#include "v3/backward/workspace.h"
+
+namespace flash_ext::v3::backward {
+
+template <typename Element_, int kHeadDim_>
+struct Config {
+  using Element = Element_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kBlockM = backward_block_m(kHeadDim);
+  static constexpr int kConsumers = 2;  // warpgroups of 64 keys
+  static constexpr int kBlockN = 64 * kConsumers;
+  static constexpr int kClusterSize = 1;
+  static constexpr int kThreadBlockN = kBlockN;  // keys of a thread block of the cluster
+  static constexpr bool kCentresKeys = true;     // dQ comes from K without its mean
+  static constexpr int kStages = 2;  // of Q and dO
+  static constexpr int kNumThreads = (1 + kConsumers) * 128;
+  // dV is issued before dS is computed.
+  static constexpr bool kEarlyDv = kHeadDim == 128;
+  // Registers of a thread: a launch gives every thread 65,536 / 384, rounded down to a multiple of
+  // 8, and no more can be moved from the producer to the consumers.
+  static constexpr int kProducerRegisters = 24;
+  static constexpr int kConsumerRegisters = 240;
+  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= 3 * 168);
+
+  using QTile = sm90::SmemTile<Element, kBlockM, kHeadDim>;
+  using KVTile = sm90::SmemTile<Element, kBlockN, kHeadDim>;
+  using DsTile = sm90::SmemTile<Element, kBlockM, kBlockN>;
+
+  struct SharedStorage {
+    KVTile k, v;
+    KVTile k_centred;  // K minus its mean
+    QTile q[kStages], dout[kStages];
+    DsTile ds[2];
+    alignas(128) float dq[kBlockM * kHeadDim];  // on its way out
+    RowStatistics<kBlockM> statistics[kStages];
+    alignas(16) float delta[kStages][kBlockM];
+    sm90::RingBarriers<kStages> query_barriers;  // Q, dO and both statistics
+    sm90::RingBarriers<1> k_barriers, v_barriers, k_centred_barriers, dq_barriers;
+  };
+  static_assert(sizeof(SharedStorage) <= 227 * 1024, "what one thread block gets on sm_90");
+};
+
+}  // namespace flash_ext::v3::backward

@@ -1,0 +1,44 @@
+// v3 backward at head_dim up to 128.
+#pragma once
+
+#include "v3/backward/consumer.cuh"
+#include "v3/backward/producer.cuh"
+
+namespace flash_ext::v3::backward {
+
+template <typename Config>
+__global__ void __launch_bounds__(Config::kNumThreads, 1)
+    backward_kernel(const __grid_constant__ KernelParams p) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  constexpr int kConsumerWarps = 4 * Config::kConsumers;
+  constexpr int kCentreWarps = 2;
+  extern __shared__ __align__(1024) char smem_bytes[];
+  auto& smem = *reinterpret_cast<typename Config::SharedStorage*>(smem_bytes);
+  const bool wants_dq = p.dq_accum != nullptr;
+  if (threadIdx.x == 0) {
+    smem.query_barriers.init(1, kConsumerWarps);
+    smem.k_barriers.init(1, kConsumerWarps + (wants_dq ? kCentreWarps : 0));
+    smem.v_barriers.init(1, kConsumerWarps);
+    smem.k_centred_barriers.init(kCentreWarps, kConsumerWarps);
+    smem.dq_barriers.init(4, 1);
+    ptx::mbarrier_init_fence();
+  }
+  __syncthreads();
+
+  // The shuffle tells ptxas that a whole warp has the same value.
+  const int warp_idx = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
+  if (warp_idx < 4) {
+    ptx::setmaxnreg_dec<Config::kProducerRegisters>();
+    if (threadIdx.x == 0) produce<Config>(smem, p);
+    if (wants_dq && threadIdx.x == 32) reduce_dq<Config>(smem, p);
+    if (wants_dq && warp_idx >= 2) {
+      centre_keys<Config, 32 * kCentreWarps>(smem, p, threadIdx.x - 64);
+    }
+  } else {
+    ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
+    Consumer<Config>(smem, p, warp_idx / 4 - 1).run();
+  }
+#endif
+}
+
+}  // namespace flash_ext::v3::backward
