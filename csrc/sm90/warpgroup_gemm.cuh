@@ -9,11 +9,11 @@ namespace flash_ext::sm90 {
 
 inline constexpr int kWgmmaK = 16;
 
-// acc = A B^T: both tiles lie in shared memory with k along their rows. Of A's rows the 64 count at
+// acc (+)= A B^T: both tiles lie in shared memory with k along their rows. Of A's rows the 64 count at
 // which the descriptor begins.
 template <typename ATile, typename BTile>
 __device__ __forceinline__ void gemm_abt(float (&acc)[BTile::kRows / 8][4], Descriptor a,
-                                         Descriptor b) {
+                                         Descriptor b, bool accumulates = false) {
   using Element = typename ATile::Element;
   static_assert(ATile::kRows % 64 == 0 && ATile::kCols == BTile::kCols);
 #pragma unroll
@@ -22,7 +22,7 @@ __device__ __forceinline__ void gemm_abt(float (&acc)[BTile::kRows / 8][4], Desc
     const int in_row = k % kSlabCols * static_cast<int>(sizeof(Element));
     ptx::Wgmma<Element, BTile::kRows>::template ss<ptx::Major::kK, ptx::Major::kK>(
         acc, a.at(slab * ATile::kSlabBytes + in_row), b.at(slab * BTile::kSlabBytes + in_row),
-        k > 0);
+        accumulates || k > 0);
   }
   ptx::wgmma_commit_group();
 }
