@@ -58,6 +58,16 @@ __device__ __forceinline__ void store_accumulator(Tile& tile,
   }
 }
 
+// By one thread: into its bulk group. Writes to the tile by ordinary stores need
+// fence_proxy_async() by their threads, and a barrier, before.
+template <typename Tile>
+__device__ __forceinline__ void store_slabs(Tile& tile, const CUtensorMap& map, TileCoords to) {
+#pragma unroll
+  for (int s = 0; s < Tile::kSlabs; ++s) {
+    ptx::tma_store_4d(map, tile.slab(s), to.col + s * kSlabCols, to.row, to.head, to.batch);
+  }
+}
+
 // One warp sends its 16 rows of the tile off. They may be overwritten once lane 0 has returned from
 // ptx::tma_store_wait_read().
 template <typename Tile>

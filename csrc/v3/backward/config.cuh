@@ -8,6 +8,15 @@
 
 namespace flash_ext::v3::backward {
 
+// A tile as the producer announces it to everyone else.
+struct alignas(16) TileWork {
+  int n_block;
+  int kv_head_idx;
+  int batch_idx;
+  int m_begin, m_end;  // query blocks that see it
+  int is_valid;        // 0: there are no more
+};
+
 template <typename Element_, int kHeadDim_>
 struct Config {
   using Element = Element_;
@@ -24,24 +33,36 @@ struct Config {
   static constexpr bool kEarlyDv = kHeadDim == 128;
   // Registers of a thread: a launch gives every thread 65,536 / 384, rounded down to a multiple of
   // 8, and no more can be moved from the producer to the consumers.
-  static constexpr int kProducerRegisters = 24;
-  static constexpr int kConsumerRegisters = 240;
+  static constexpr int kProducerRegisters = 40;
+  static constexpr int kConsumerRegisters = 232;
   static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= 3 * 168);
 
   using QTile = sm90::SmemTile<Element, kBlockM, kHeadDim>;
   using KVTile = sm90::SmemTile<Element, kBlockN, kHeadDim>;
   using DsTile = sm90::SmemTile<Element, kBlockM, kBlockN>;
+  using GradientTile = sm90::SmemTile<Element, 64, kHeadDim>;  // of a warpgroup
 
   struct SharedStorage {
     KVTile k, v;
-    KVTile k_centred;  // K minus its mean
+    union {
+      KVTile k_centred;               // K minus its mean
+      GradientTile dk[kConsumers];  // on its way out
+    };
     QTile q[kStages], dout[kStages];
-    DsTile ds[2];
+    union {
+      DsTile ds[2];
+      GradientTile dv[kConsumers];  // on its way out
+    };
     alignas(128) float dq[kBlockM * kHeadDim];  // on its way out
     RowStatistics<kBlockM> statistics[kStages];
     alignas(16) float delta[kStages][kBlockM];
     sm90::RingBarriers<kStages> query_barriers;  // Q, dO and both statistics
-    sm90::RingBarriers<1> k_barriers, v_barriers, k_centred_barriers, dq_barriers;
+    TileWork tile[2];
+    sm90::RingBarriers<2> tile_barriers;
+    sm90::RingBarriers<1> k_barriers, v_barriers, dq_barriers;
+    ptx::Mbarrier k_centred_full;
+    // A tile's dK and dV: complete in shared memory; read from there by TMA.
+    ptx::Mbarrier gradients_full, gradients_sent;
   };
   static_assert(sizeof(SharedStorage) <= 227 * 1024, "what one thread block gets on sm_90");
 };

@@ -2,9 +2,8 @@
 #pragma once
 
 #include "ptx/stmatrix.cuh"
-#include "ptx/tma.cuh"
 #include "ptx/warpgroup.cuh"
-#include "sm90/store_rows.cuh"
+#include "sm90/copy_tile.cuh"
 #include "sm90/warpgroup_gemm.cuh"
 #include "v3/backward/config.cuh"
 #include "v3/backward/scores.cuh"
@@ -42,45 +41,53 @@ class Consumer {
         k_centred_desc_(sm90::Descriptor::mn_major(smem.k_centred)) {}
 
   __device__ __forceinline__ void run() {
-    Tile tile = p_.schedule.tile(0);
-    for (int round = 1; tile.is_valid; ++round) {
-      compute(tile);
-      store(tile);
-      tile = p_.schedule.tile(round);
+    for (;; tile_at_.advance()) {
+      sm90::wait_full(smem_.tile_barriers, tile_at_);
+      if (!uniform(tile().is_valid)) break;
+      compute_tile();
+      store_tile();
+      __syncwarp();
+      if (lane_idx_ == 0) ptx::mbarrier_arrive(smem_.tile_barriers.empty[tile_at_.stage]);
     }
   }
 
  private:
+  __device__ __forceinline__ const TileWork& tile() const { return smem_.tile[tile_at_.stage]; }
+
+  // The shuffle tells ptxas that a whole warp has the same value.
+  static __device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
+
   struct Step {
-    int m_block;
-    int head_idx;
+    int row0;  // of the query block
     int key0;  // of this warpgroup
-    int batch_idx;
+    int first_full_row;  // query blocks from here on see all its keys
     bool is_first, is_last;  // of the tile
   };
 
-  __device__ __forceinline__ void compute(const Tile& tile) {
+  __device__ __forceinline__ void compute_tile() {
 #pragma unroll
     for (int n = 0; n < kHeadDim / 8; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) acc_dk_[n][i] = acc_dv_[n][i] = 0.f;
     }
-    const BlockRange blocks = query_blocks(p_.mask, tile.n_block * kBlockN, kBlockM);
-    if (blocks.begin >= blocks.end) return;
-    const int steps = (blocks.end - blocks.begin) * p_.group_size;
-    Step step{blocks.begin, tile.kv_head_idx * p_.group_size,
-              tile.n_block * kBlockN + 64 * warpgroup_idx_, tile.batch_idx, true, false};
+    const int first_row = uniform(tile().m_begin) * kBlockM;
+    const int steps = (uniform(tile().m_end) - uniform(tile().m_begin)) * p_.group_size;
+    if (steps == 0) {
+      await_gradients_sent();
+      return;
+    }
+    const int key0 = uniform(tile().n_block) * kBlockN + 64 * warpgroup_idx_;
+    const int first_full_row =
+        key0 + 64 <= p_.mask.seqlen_k ? p_.mask.row_begin(key0 + 63) : p_.mask.seqlen_q;
+    Step step{first_row, key0, first_full_row, true, false};
 #pragma unroll 1
     for (int i = 0; i < steps; ++i) {
       step.is_first = i == 0;
       step.is_last = i == steps - 1;
       compute(step);
-      if (++step.m_block == blocks.end) {
-        step.m_block = blocks.begin;
-        ++step.head_idx;
-      }
+      step.row0 += kBlockM;
+      if (step.row0 >= p_.mask.seqlen_q) step.row0 = first_row;  // of the next head
     }
-    if (lane_idx_ == 0) ptx::mbarrier_arrive(smem_.k_centred_barriers.empty[0]);
     kv_at_.advance();
   }
 
@@ -95,9 +102,13 @@ class Consumer {
     ptx::wgmma_fence();
     sm90::gemm_abt<KVTile, QTile>(acc_dp, v_desc_, dout_desc_.template tile<QTile>(at_.stage));
 
+    if (step.is_first) await_gradients_sent();
+    const auto& statistics = smem_.statistics[at_.stage];
+    const bool is_plain = step.row0 >= step.first_full_row && statistics.has_huge == 0;
     ptx::wgmma_wait_group<1>();
     if (step.is_last && lane_idx_ == 0) ptx::mbarrier_arrive(smem_.k_barriers.empty[0]);
-    compute_p(acc_s, step);
+    if (!is_plain) adjust_scores(acc_s, step);
+    recompute_p(acc_s, statistics.lse_log2 + first_col(), signed_scale_log2_);
     pack_operand<Element>(frag_p, acc_s);
     if (Config::kEarlyDv) {
       issue_dv(frag_p);
@@ -106,27 +117,22 @@ class Consumer {
       ptx::wgmma_wait_group<0>();
     }
     if (step.is_last && lane_idx_ == 0) ptx::mbarrier_arrive(smem_.v_barriers.empty[0]);
-    compute_ds(acc_dp, acc_s, smem_.delta[at_.stage] + lane_idx_ % 4 * 2);
+    compute_ds(acc_dp, acc_s, smem_.delta[at_.stage] + first_col());
     pack_operand<Element>(frag_ds, acc_dp);
 
-    const int buffer = owner_;
     const bool wants_dq = p_.dq_accum != nullptr;
-    const bool owns_dq = owner_ == warpgroup_idx_;
-    if (wants_dq) {
-      store_ds(frag_ds, buffer);
-      if (!owns_dq) ptx::named_barrier_arrive(1 + owner_, 256);
-    }
+    const int owner = at_.stage;  // of this step's dQ
+    store_ds(frag_ds);
+    if (wants_dq && owner != warpgroup_idx_) ptx::named_barrier_arrive(1 + owner, 256);
     if (!Config::kEarlyDv) issue_dv(frag_p);
     ptx::wgmma_fence();
     sm90::gemm_ab<QTile>(acc_dk_, frag_ds, q_rows_desc_.template tile<QTile>(at_.stage), true);
     ptx::wgmma_wait_group<0>();
     if (lane_idx_ == 0) ptx::mbarrier_arrive(smem_.query_barriers.empty[at_.stage]);
-    if (wants_dq && owns_dq) {
-      ptx::named_barrier_sync(1 + owner_, 256);
-      compute_dq(buffer);
+    if (wants_dq && owner == warpgroup_idx_) {
+      ptx::named_barrier_sync(1 + owner, 256);
+      compute_dq();
     }
-    owner_ ^= 1;
-    dq_at_.advance();
     at_.advance();
   }
 
@@ -135,31 +141,27 @@ class Consumer {
     sm90::gemm_ab<QTile>(acc_dv_, frag_p, dout_rows_desc_.template tile<QTile>(at_.stage), true);
   }
 
-  __device__ __forceinline__ void compute_p(float (&acc_s)[kTilesM][4], const Step& step) {
-    const int row0 = step.m_block * kBlockM;
-    const int col = lane_idx_ % 4 * 2;
-    if (!block_is_full(p_.mask, row0, step.key0, 64)) {
-      mask_scores(acc_s, p_.mask, p_.scale.negate, step.key0 + 16 * warp_idx_ + lane_idx_ / 4,
-                  row0 + col);
-    }
+  // This thread's first column of S^T, first query of the block.
+  __device__ __forceinline__ int first_col() const { return lane_idx_ % 4 * 2; }
+
+  // The few scores that need more than recompute_p(), in one branch: it then schedules better.
+  __device__ __forceinline__ void adjust_scores(float (&acc_s)[kTilesM][4], const Step& step) {
+    const int row = step.row0 + first_col();
+    mask_scores(acc_s, p_.mask, p_.scale.negate, step.key0 + 16 * warp_idx_ + lane_idx_ / 4, row);
     const auto& statistics = smem_.statistics[at_.stage];
-    if (statistics.has_huge[0]) {
-      const int64_t head_row = int64_t{step.batch_idx} * p_.heads_q + step.head_idx;
-      recompute_p_huge(acc_s, statistics.lse_log2 + col,
-                       p_.lse + head_row * p_.mask.seqlen_q + row0 + col, signed_scale_log2_,
-                       p_.scale.negate ? -p_.scale.natural : p_.scale.natural);
-    } else {
-      recompute_p(acc_s, statistics.lse_log2 + col, signed_scale_log2_);
-    }
+    if (!statistics.has_huge) return;
+    const float* lse = p_.lse + int64_t{statistics.batch_head} * p_.mask.seqlen_q + row;
+    subtract_huge_lse(acc_s, lse, p_.mask.seqlen_q - row, signed_scale_log2_,
+                      p_.scale.negate ? -p_.scale.natural : p_.scale.natural);
   }
 
   // Transposed: a row of the tile is a query.
-  __device__ __forceinline__ void store_ds(const uint32_t (&frag_ds)[kTilesM / 2][4], int buffer) {
+  __device__ __forceinline__ void store_ds(const uint32_t (&frag_ds)[kTilesM / 2][4]) {
     // Lane l names row l % 8 of matrix l / 8: the first and the next eight keys, then the next
     // eight queries.
     const int row = (lane_idx_ / 16) * 8 + lane_idx_ % 8;
     const int col = 64 * warpgroup_idx_ + 16 * warp_idx_ + (lane_idx_ / 8 % 2) * 8;
-    const uint32_t base = ptx::smem_addr(smem_.ds[buffer].data) + DsTile::chunk_offset(row, col);
+    const uint32_t base = ptx::smem_addr(smem_.ds[at_.stage].data) + DsTile::chunk_offset(row, col);
 #pragma unroll
     for (int m = 0; m < kBlockM / 16; ++m) {
       ptx::stmatrix_x4_trans(base + m * 16 * sm90::kSlabRowBytes, frag_ds[m][0], frag_ds[m][1],
@@ -168,19 +170,19 @@ class Consumer {
     ptx::fence_proxy_async();
   }
 
-  __device__ __forceinline__ void compute_dq(int buffer) {
+  __device__ __forceinline__ void compute_dq() {
     constexpr int kParts = kBlockM / 64;
     float acc_dq[kParts][kHeadDim / 8][4];
-    sm90::wait_full(smem_.k_centred_barriers, kv_at_);
+    ptx::mbarrier_wait(smem_.k_centred_full, kv_at_.phase);
     ptx::wgmma_fence();
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
       sm90::gemm_ab<DsTile, KVTile>(acc_dq[part],
-                                    ds_desc_.template tile<DsTile>(buffer).from_row(64 * part),
+                                    ds_desc_.template tile<DsTile>(at_.stage).from_row(64 * part),
                                     k_centred_desc_);
     }
     ptx::wgmma_wait_group<0>();
-    sm90::wait_empty(smem_.dq_barriers, dq_at_);
+    ptx::mbarrier_wait(smem_.dq_barriers.empty[0], at_.stage ^ 1);  // one phase a step
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
 #pragma unroll
@@ -196,18 +198,22 @@ class Consumer {
     if (lane_idx_ == 0) ptx::mbarrier_arrive(smem_.dq_barriers.full[0]);
   }
 
-  __device__ __forceinline__ void store(const Tile& tile) {
-    const int row0 = tile.n_block * kBlockN + 64 * warpgroup_idx_ + 16 * warp_idx_;
-    store(p_.dv, acc_dv_, 1.f, tile, row0);
-    store(p_.dk, acc_dk_, p_.softmax_scale, tile, row0);
+  // Until TMA has read the previous tile's gradients, which lie where dS goes.
+  __device__ __forceinline__ void await_gradients_sent() {
+    ptx::mbarrier_wait(smem_.gradients_sent, tile_phase_ ^ 1);
   }
-  __device__ __forceinline__ void store(const TensorView& to, const float (&acc)[kHeadDim / 8][4],
-                                        float factor, const Tile& tile, int row0) {
-    if (to.data == nullptr) return;
-    Element* rows = static_cast<Element*>(to.data) + tile.batch_idx * to.batch_stride +
-                    tile.kv_head_idx * to.head_stride + row0 * to.row_stride;
-    sm90::store_rows(rows, to.row_stride, p_.mask.seqlen_k - row0, p_.head_dim, acc, factor,
-                     lane_idx_);
+
+  // Leaves the gradients in shared memory, where nobody reads dS and K' any more.
+  __device__ __forceinline__ void store_tile() {
+    ptx::named_barrier_sync(3, 256);
+    const int row0 = 16 * warp_idx_;
+    sm90::store_accumulator(smem_.dv[warpgroup_idx_], acc_dv_, {1.f, 1.f}, row0, lane_idx_);
+    sm90::store_accumulator(smem_.dk[warpgroup_idx_], acc_dk_,
+                            {p_.softmax_scale, p_.softmax_scale}, row0, lane_idx_);
+    ptx::fence_proxy_async();
+    __syncwarp();
+    if (lane_idx_ == 0) ptx::mbarrier_arrive(smem_.gradients_full);
+    tile_phase_ ^= 1;
   }
 
   SharedStorage& smem_;
@@ -219,8 +225,9 @@ class Consumer {
   const sm90::Descriptor k_desc_, v_desc_, q_desc_, dout_desc_, q_rows_desc_, dout_rows_desc_,
       ds_desc_, k_centred_desc_;
   sm90::RingPosition<Config::kStages> at_;
-  sm90::RingPosition<1> kv_at_, dq_at_;
-  int owner_ = 0;  // of the step's dQ, and the buffer of its dS
+  sm90::RingPosition<2> tile_at_;
+  uint32_t tile_phase_ = 0;
+  sm90::RingPosition<1> kv_at_;
 
   float acc_dk_[kHeadDim / 8][4];
   float acc_dv_[kHeadDim / 8][4];

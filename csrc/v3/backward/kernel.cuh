@@ -11,15 +11,17 @@ __global__ void __launch_bounds__(Config::kNumThreads, 1)
     backward_kernel(const __grid_constant__ KernelParams p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   constexpr int kConsumerWarps = 4 * Config::kConsumers;
-  constexpr int kCentreWarps = 2;
   extern __shared__ __align__(1024) char smem_bytes[];
   auto& smem = *reinterpret_cast<typename Config::SharedStorage*>(smem_bytes);
   const bool wants_dq = p.dq_accum != nullptr;
   if (threadIdx.x == 0) {
+    smem.tile_barriers.init(1, kConsumerWarps + kKeyWarps + (wants_dq ? 1 : 0));
     smem.query_barriers.init(1, kConsumerWarps);
-    smem.k_barriers.init(1, kConsumerWarps + (wants_dq ? kCentreWarps : 0));
+    smem.k_barriers.init(1, kConsumerWarps + (wants_dq ? kKeyWarps : 0));
     smem.v_barriers.init(1, kConsumerWarps);
-    smem.k_centred_barriers.init(kCentreWarps, kConsumerWarps);
+    ptx::mbarrier_init(smem.k_centred_full, kKeyWarps);
+    ptx::mbarrier_init(smem.gradients_full, kConsumerWarps);
+    ptx::mbarrier_init(smem.gradients_sent, kKeyWarps);
     smem.dq_barriers.init(4, 1);
     ptx::mbarrier_init_fence();
   }
@@ -29,11 +31,9 @@ __global__ void __launch_bounds__(Config::kNumThreads, 1)
   const int warp_idx = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
   if (warp_idx < 4) {
     ptx::setmaxnreg_dec<Config::kProducerRegisters>();
-    if (threadIdx.x == 0) produce<Config>(smem, p);
+    if (threadIdx.x == 0) Producer<Config>(smem, p).run();
     if (wants_dq && threadIdx.x == 32) reduce_dq<Config>(smem, p);
-    if (wants_dq && warp_idx >= 2) {
-      centre_keys<Config, 32 * kCentreWarps>(smem, p, threadIdx.x - 64);
-    }
+    if (warp_idx >= 2) KeyWarp<Config>(smem, p, warp_idx - 2).run();
   } else {
     ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
     Consumer<Config>(smem, p, warp_idx / 4 - 1).run();

@@ -13,12 +13,20 @@ namespace flash_ext::v3::backward {
 // The log-sum-exp of a block's query rows as the main kernel copies it to shared memory.
 template <int kBlockM>
 struct alignas(16) RowStatistics {
-  float lse_log2[kBlockM];  // +inf: a row that sees nothing, or padding
-  int has_huge[4];          // of which [0] says whether some |lse_log2| is above kHugeLog2
+  float lse_log2[kBlockM];  // +inf: a row that sees nothing, or padding; 0: is_huge_lse()
+  int has_huge;             // there is such a row
+  int batch_head;           // whose rows these are
 };
+
+// Of a log-sum-exp in natural units: see kHugeLog2, and subtract_huge_lse().
+__device__ __forceinline__ bool is_huge_lse(float lse) {
+  const float lse_log2 = fabsf(lse) * static_cast<float>(kLog2e);
+  return lse_log2 > kHugeLog2 && lse_log2 != INFINITY;
+}
 
 struct KernelParams {
   CUtensorMap q_map, k_map, v_map, dout_map;  // boxes of kBlockM and kThreadBlockN rows
+  CUtensorMap dk_map, dv_map;                 // boxes of 64 rows, where these are asked for
   TensorView k, out, dout, dq, dk, dv;
   const float* lse;
   const float* dlse;  // nullptr: no gradient reached L

@@ -54,11 +54,16 @@ KernelParams make_kernel_params(const BackwardParams& params) {
   const auto map = [&](const TensorView& view, int64_t heads, int64_t seqlen, int box_rows) {
     return sm90::make_tensor_map<Element>(view, s.batch, heads, seqlen, s.head_dim, box_rows);
   };
+  const auto gradient_map = [&](const TensorView& view) {
+    return view.data != nullptr ? map(view, s.heads_kv, s.seqlen_k, 64) : CUtensorMap{};
+  };
   return KernelParams{
       map(params.q, s.heads_q, s.seqlen_q, Config::kBlockM),
       map(params.k, s.heads_kv, s.seqlen_k, Config::kThreadBlockN),
       map(params.v, s.heads_kv, s.seqlen_k, Config::kThreadBlockN),
       map(params.dout, s.heads_q, s.seqlen_q, Config::kBlockM),
+      gradient_map(params.dk),
+      gradient_map(params.dv),
       params.k,
       params.out,
       params.dout,

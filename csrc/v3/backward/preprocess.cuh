@@ -62,7 +62,7 @@ __device__ __forceinline__ void row_statistics(const KernelParams& p, int64_t bl
     p.dq_row_sum[block * kBlockM + threadIdx.x] = 0.f;
   }
   auto& statistics = reinterpret_cast<RowStatistics<kBlockM>*>(p.row_statistics)[block];
-  bool is_huge = false;
+  bool has_huge = false;
 #pragma unroll
   for (int i = 0; i < kPasses; ++i) {
     float sum = 0.f;
@@ -78,18 +78,21 @@ __device__ __forceinline__ void row_statistics(const KernelParams& p, int64_t bl
       const bool is_row = row < p.mask.seqlen_q;
       const int64_t at = batch_head * p.mask.seqlen_q + row;
       const float lse = is_row ? p.lse[at] : -INFINITY;
-      const float lse_log2 = backward_lse_log2(lse);
       const float dlse = p.dlse != nullptr && lse != -INFINITY ? p.dlse[at] : 0.f;
       p.delta[block * kBlockM + in_block] = sum - dlse;
-      statistics.lse_log2[in_block] = lse_log2;
-      is_huge |= fabsf(lse_log2) > kHugeLog2 && lse_log2 != INFINITY;
+      statistics.lse_log2[in_block] = is_huge_lse(lse) ? 0.f : backward_lse_log2(lse);
+      has_huge |= is_huge_lse(lse);
     }
   }
-  is_huge = __syncthreads_or(is_huge);
-  if (threadIdx.x == 0) statistics.has_huge[0] = is_huge;
+  has_huge = __syncthreads_or(has_huge);
+  if (threadIdx.x == 0) {
+    statistics.has_huge = has_huge;
+    statistics.batch_head = static_cast<int>(batch_head);
+  }
 }
 
-// Columns whose mean is small beside their values keep 0: subtracting it would only round K again.
+// Rounded to an element, so that K minus it is one rounding of the true difference. Columns whose
+// mean is small beside their values keep 0: subtracting it would only round K again.
 template <typename Element, int kHeadDim>
 __device__ __forceinline__ void key_mean(const KernelParams& p, int batch_kv_head) {
   constexpr int kThreadsPerRow = kHeadDim / 8;
@@ -128,7 +131,8 @@ __device__ __forceinline__ void key_mean(const KernelParams& p, int batch_kv_hea
   const float mean = total[0] / static_cast<float>(num_rows);
   const float mean_of_squares = total[1] / static_cast<float>(num_rows);
   const bool is_small = mean * mean <= kSmallMean * kSmallMean * mean_of_squares;
-  p.key_mean[int64_t{batch_kv_head} * kHeadDim + threadIdx.x] = is_small ? 0.f : mean;
+  p.key_mean[int64_t{batch_kv_head} * kHeadDim + threadIdx.x] =
+      is_small ? 0.f : to_float(from_float<Element>(mean));
 }
 
 // The key heads first: theirs is the longer work.

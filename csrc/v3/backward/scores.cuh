@@ -44,25 +44,24 @@ __device__ __forceinline__ void recompute_p(float (&acc_s)[kN][4], const float* 
   }
 }
 
-// The same where some |L| is huge: one rounding of it is then more than any difference between
-// scores. The forward's L is the rounded scaled maximum itself, and so is `lse`, L in natural
-// units: rounded in the same way, the scores meet it exactly.
+// Where |L| is huge, one rounding of it is more than any difference between scores. The forward's L
+// is then the rounded scaled maximum itself, and so is `lse`, L in natural units: rounded in the
+// same way, the scores meet it exactly. This subtracts it from the scores of such rows, for which
+// recompute_p() finds 0 as L. `lse`: of the thread's first column, the first of `rows`.
 template <int kN>
-__device__ __forceinline__ void recompute_p_huge(float (&acc_s)[kN][4], const float* lse_log2,
-                                                 const float* lse, float scale_log2,
-                                                 float scale_natural) {
+__device__ __forceinline__ void subtract_huge_lse(float (&acc_s)[kN][4], const float* lse, int rows,
+                                                  float scale_log2, float scale_natural) {
+  const float to_score = static_cast<float>(kLog2e) * ptx::rcp_approx(scale_log2);
 #pragma unroll
   for (int n = 0; n < kN; ++n) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int col = 8 * n + i % 2;
-      const float row_lse = lse_log2[col];
-      const bool is_huge = fabsf(row_lse) > kHugeLog2 && row_lse != INFINITY;
-      const float x = is_huge
-                          ? fminf(__fmul_rn(acc_s[n][i], scale_natural) - lse[col], 0.f) *
-                                static_cast<float>(kLog2e)
-                          : __fmaf_rn(acc_s[n][i], scale_log2, -row_lse);
-      acc_s[n][i] = ptx::exp2_approx(x);
+    for (int i = 0; i < 2; ++i) {
+      const int col = 8 * n + i;
+      const float row_lse = col < rows ? lse[col] : 0.f;
+      if (!is_huge_lse(row_lse)) continue;
+      float* s = &acc_s[n][i];
+      s[0] = fminf(__fmul_rn(s[0], scale_natural) - row_lse, 0.f) * to_score;
+      s[2] = fminf(__fmul_rn(s[2], scale_natural) - row_lse, 0.f) * to_score;
     }
   }
 }
