@@ -70,8 +70,7 @@ def _tflops_cell(row):
 
 
 def ratio_section(results):
-    """v3 has no backward of its own."""
-    columns = [("v2", "forward"), ("v3", "forward"), ("v2", "backward")]
+    columns = [(ours, pass_name) for pass_name in PASSES for ours in ("v2", "v3")]
     lines = []
     for other in LABELS:
         means = [results["ratios"].get(p, {}).get(f"flash_ext_{ours}/{other}") for ours, p in columns]
