@@ -29,8 +29,10 @@ struct Config {
   static constexpr bool kCentresKeys = true;     // dQ comes from K without its mean
   static constexpr int kStages = 2;  // of Q and dO
   static constexpr int kNumThreads = (1 + kConsumers) * 128;
-  // dV is issued before dS is computed.
-  static constexpr bool kEarlyDv = kHeadDim == 128;
+  // Who computes dQ = dS K of a step: both warpgroups, half of the columns each, and add it to the
+  // accumulator from registers; or one of them all of it, the two in turns, and TMA adds it from
+  // shared memory.
+  static constexpr bool kSharesDq = kHeadDim == 128;
   // Registers of a thread: a launch gives every thread 65,536 / 384, rounded down to a multiple of
   // 8, and no more can be moved from the producer to the consumers.
   static constexpr int kProducerRegisters = 40;
@@ -44,25 +46,19 @@ struct Config {
 
   struct SharedStorage {
     KVTile k, v;
-    union {
-      KVTile k_centred;               // K minus its mean
-      GradientTile dk[kConsumers];  // on its way out
-    };
+    KVTile k_centred;  // K minus its mean
     QTile q[kStages], dout[kStages];
-    union {
-      DsTile ds[2];
-      GradientTile dv[kConsumers];  // on its way out
-    };
-    alignas(128) float dq[kBlockM * kHeadDim];  // on its way out
+    DsTile ds[2];
+    GradientTile gradient[kConsumers];  // dV or dK on its way out
+    alignas(128) float dq[kSharesDq ? 4 : kBlockM * kHeadDim];  // on its way out
     RowStatistics<kBlockM> statistics[kStages];
     alignas(16) float delta[kStages][kBlockM];
-    sm90::RingBarriers<kStages> query_barriers;  // Q, dO and both statistics
+    alignas(16) float key_mean[kHeadDim];
     TileWork tile[2];
     sm90::RingBarriers<2> tile_barriers;
-    sm90::RingBarriers<1> k_barriers, v_barriers, dq_barriers;
-    ptx::Mbarrier k_centred_full;
-    // A tile's dK and dV: complete in shared memory; read from there by TMA.
-    ptx::Mbarrier gradients_full, gradients_sent;
+    sm90::RingBarriers<kStages> query_barriers;  // Q, dO and both statistics
+    sm90::RingBarriers<1> k_barriers, v_barriers, k_centred_barriers, gradient_barriers,
+        dq_barriers;
   };
   static_assert(sizeof(SharedStorage) <= 227 * 1024, "what one thread block gets on sm_90");
 };

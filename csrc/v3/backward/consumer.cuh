@@ -1,6 +1,9 @@
 // A consumer warpgroup: 64 keys, all queries that see them, one tile after another.
 #pragma once
 
+#include <type_traits>
+
+#include "ptx/reduction.cuh"
 #include "ptx/stmatrix.cuh"
 #include "ptx/warpgroup.cuh"
 #include "sm90/copy_tile.cuh"
@@ -21,6 +24,8 @@ class Consumer {
   static constexpr int kBlockN = Config::kBlockN;
   static constexpr int kHeadDim = Config::kHeadDim;
   static constexpr int kTilesM = kBlockM / 8;  // of eight columns
+  static constexpr int kDqTiles = kHeadDim / 8 / (Config::kSharesDq ? Config::kConsumers : 1);
+  using KSlab = sm90::SmemTile<Element, kBlockN, sm90::kSlabCols>;
 
  public:
   __device__ __forceinline__ Consumer(SharedStorage& smem, const KernelParams& params,
@@ -38,17 +43,18 @@ class Consumer {
         q_rows_desc_(sm90::Descriptor::mn_major(smem.q[0])),
         dout_rows_desc_(sm90::Descriptor::mn_major(smem.dout[0])),
         ds_desc_(sm90::Descriptor::k_major(smem.ds[0])),
-        k_centred_desc_(sm90::Descriptor::mn_major(smem.k_centred)) {}
+        k_centred_desc_(Config::kSharesDq ? sm90::Descriptor::mn_major(smem.k_centred).template tile<KSlab>(warpgroup_idx) : sm90::Descriptor::mn_major(smem.k_centred)) {}
 
   __device__ __forceinline__ void run() {
     for (;; tile_at_.advance()) {
       sm90::wait_full(smem_.tile_barriers, tile_at_);
       if (!uniform(tile().is_valid)) break;
       compute_tile();
-      store_tile();
-      __syncwarp();
       if (lane_idx_ == 0) ptx::mbarrier_arrive(smem_.tile_barriers.empty[tile_at_.stage]);
+      stage_gradient(acc_dv_, 1.f);
+      holds_dk_ = true;
     }
+    stage_dk();
   }
 
  private:
@@ -65,15 +71,12 @@ class Consumer {
   };
 
   __device__ __forceinline__ void compute_tile() {
-#pragma unroll
-    for (int n = 0; n < kHeadDim / 8; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) acc_dk_[n][i] = acc_dv_[n][i] = 0.f;
-    }
     const int first_row = uniform(tile().m_begin) * kBlockM;
     const int steps = (uniform(tile().m_end) - uniform(tile().m_begin)) * p_.group_size;
     if (steps == 0) {
-      await_gradients_sent();
+      stage_dk();
+      clear(acc_dk_);
+      clear(acc_dv_);
       return;
     }
     const int key0 = uniform(tile().n_block) * kBlockN + 64 * warpgroup_idx_;
@@ -88,6 +91,7 @@ class Consumer {
       step.row0 += kBlockM;
       if (step.row0 >= p_.mask.seqlen_q) step.row0 = first_row;  // of the next head
     }
+    if (lane_idx_ == 0) ptx::mbarrier_arrive(smem_.k_centred_barriers.empty[0]);
     kv_at_.advance();
   }
 
@@ -102,43 +106,113 @@ class Consumer {
     ptx::wgmma_fence();
     sm90::gemm_abt<KVTile, QTile>(acc_dp, v_desc_, dout_desc_.template tile<QTile>(at_.stage));
 
-    if (step.is_first) await_gradients_sent();
+    if (step.is_first) centre_keys();
     const auto& statistics = smem_.statistics[at_.stage];
     const bool is_plain = step.row0 >= step.first_full_row && statistics.has_huge == 0;
+    float* const dq_accum =
+        p_.dq_accum + int64_t{statistics.row_block} * (kBlockM * kHeadDim) + dq_offset();
     ptx::wgmma_wait_group<1>();
     if (step.is_last && lane_idx_ == 0) ptx::mbarrier_arrive(smem_.k_barriers.empty[0]);
     if (!is_plain) adjust_scores(acc_s, step);
     recompute_p(acc_s, statistics.lse_log2 + first_col(), signed_scale_log2_);
     pack_operand<Element>(frag_p, acc_s);
-    if (Config::kEarlyDv) {
-      issue_dv(frag_p);
-      ptx::wgmma_wait_group<1>();
-    } else {
-      ptx::wgmma_wait_group<0>();
-    }
+    ptx::wgmma_wait_group<0>();
     if (step.is_last && lane_idx_ == 0) ptx::mbarrier_arrive(smem_.v_barriers.empty[0]);
     compute_ds(acc_dp, acc_s, smem_.delta[at_.stage] + first_col());
     pack_operand<Element>(frag_ds, acc_dp);
-
-    const bool wants_dq = p_.dq_accum != nullptr;
-    const int owner = at_.stage;  // of this step's dQ
     store_ds(frag_ds);
-    if (wants_dq && owner != warpgroup_idx_) ptx::named_barrier_arrive(1 + owner, 256);
-    if (!Config::kEarlyDv) issue_dv(frag_p);
-    ptx::wgmma_fence();
-    sm90::gemm_ab<QTile>(acc_dk_, frag_ds, q_rows_desc_.template tile<QTile>(at_.stage), true);
-    ptx::wgmma_wait_group<0>();
-    if (lane_idx_ == 0) ptx::mbarrier_arrive(smem_.query_barriers.empty[at_.stage]);
-    if (wants_dq && owner == warpgroup_idx_) {
-      ptx::named_barrier_sync(1 + owner, 256);
-      compute_dq();
+    if (step.is_first) stage_dk();  // of the tile before; it goes on being summed up here
+
+    if constexpr (Config::kSharesDq) {
+      float acc_dq[kDqTiles][4];
+      issue_dv(frag_p, step);
+      ptx::fence_proxy_async();
+      ptx::named_barrier_sync(1, 256);  // dS is complete
+      if (step.is_first) sm90::wait_full(smem_.k_centred_barriers, kv_at_);
+      ptx::wgmma_fence();
+      sm90::gemm_ab<DsTile, KSlab>(acc_dq, ds_desc_.template tile<DsTile>(at_.stage),
+                                   k_centred_desc_);
+      issue_dk(frag_ds, step);
+      ptx::wgmma_wait_group<1>();
+      if (p_.dq_accum != nullptr) {
+#pragma unroll
+        for (int n = 0; n < kDqTiles; ++n) {
+          const float (&x)[4] = acc_dq[n];
+          ptx::red_add_v4(dq_accum + dq_accum_offset<kHeadDim>(0, n, 0), x[0], x[1], x[2], x[3]);
+        }
+      }
+      ptx::wgmma_wait_group<0>();
+      release_queries();
+    } else {
+      const int owner = at_.stage;  // of this step's dQ
+      ptx::fence_proxy_async();
+      if (owner != warpgroup_idx_) ptx::named_barrier_arrive(1 + owner, 256);
+      issue_dv(frag_p, step);
+      issue_dk(frag_ds, step);
+      ptx::wgmma_wait_group<0>();
+      release_queries();
+      if (owner == warpgroup_idx_) {
+        ptx::named_barrier_sync(1 + owner, 256);  // dS is complete
+        compute_dq();
+      }
     }
     at_.advance();
   }
 
-  __device__ __forceinline__ void issue_dv(const uint32_t (&frag_p)[kTilesM / 2][4]) {
+  // Where this thread's share of a block of dQ begins.
+  __device__ __forceinline__ int dq_offset() const {
+    const int first = Config::kSharesDq ? warpgroup_idx_ * kDqTiles : 0;
+    return dq_accum_offset<kHeadDim>(0, first, threadIdx.x % 128);
+  }
+
+  __device__ __forceinline__ void release_queries() {
+    if (lane_idx_ == 0) ptx::mbarrier_arrive(smem_.query_barriers.empty[at_.stage]);
+  }
+
+  __device__ __forceinline__ void issue_dv(const uint32_t (&frag_p)[kTilesM / 2][4],
+                                           const Step& step) {
     ptx::wgmma_fence();
-    sm90::gemm_ab<QTile>(acc_dv_, frag_p, dout_rows_desc_.template tile<QTile>(at_.stage), true);
+    sm90::gemm_ab<QTile>(acc_dv_, frag_p, dout_rows_desc_.template tile<QTile>(at_.stage),
+                         !step.is_first);
+  }
+  __device__ __forceinline__ void issue_dk(const uint32_t (&frag_ds)[kTilesM / 2][4],
+                                           const Step& step) {
+    ptx::wgmma_fence();
+    sm90::gemm_ab<QTile>(acc_dk_, frag_ds, q_rows_desc_.template tile<QTile>(at_.stage),
+                         !step.is_first);
+  }
+
+  // This warpgroup's rows of K, minus the mean of the head's keys. From that dQ = dS K is computed:
+  // exactly, a row of dS sums to 0 (or to dL, see the postprocess kernel); rounded it does not, and
+  // the remainder times a large mean of K is an error of 10 to 50% in dQ on biased keys.
+  __device__ __forceinline__ void centre_keys() {
+    using Pair = std::conditional_t<std::is_same_v<Element, __half>, __half2, __nv_bfloat162>;
+    const int thread_idx = threadIdx.x % 128;
+    sm90::wait_empty(smem_.k_centred_barriers, kv_at_);
+#pragma unroll
+    for (int slab = 0; slab < KVTile::kSlabs; ++slab) {
+      const int col = slab * sm90::kSlabCols + thread_idx % 8 * 8;
+      Pair m[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 mean = *reinterpret_cast<const float2*>(&smem_.key_mean[col + 2 * i]);
+        const uint32_t bits = pack<Element>(mean.x, mean.y);
+        m[i] = reinterpret_cast<const Pair&>(bits);
+      }
+#pragma unroll
+      for (int row = 0; row < 64; row += 16) {
+        const int offset =
+            KVTile::chunk_offset(64 * warpgroup_idx_ + row + thread_idx / 8, col);
+        uint4 bits = *reinterpret_cast<const uint4*>(smem_.k.data + offset);
+        auto* x = reinterpret_cast<Pair*>(&bits);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) x[i] = __hsub2(x[i], m[i]);
+        *reinterpret_cast<uint4*>(smem_.k_centred.data + offset) = bits;
+      }
+    }
+    ptx::fence_proxy_async();
+    __syncwarp();
+    if (lane_idx_ == 0) ptx::mbarrier_arrive(smem_.k_centred_barriers.full[0]);
   }
 
   // This thread's first column of S^T, first query of the block.
@@ -167,13 +241,12 @@ class Consumer {
       ptx::stmatrix_x4_trans(base + m * 16 * sm90::kSlabRowBytes, frag_ds[m][0], frag_ds[m][1],
                              frag_ds[m][2], frag_ds[m][3]);
     }
-    ptx::fence_proxy_async();
   }
 
   __device__ __forceinline__ void compute_dq() {
     constexpr int kParts = kBlockM / 64;
     float acc_dq[kParts][kHeadDim / 8][4];
-    ptx::mbarrier_wait(smem_.k_centred_full, kv_at_.phase);
+    sm90::wait_full(smem_.k_centred_barriers, kv_at_);
     ptx::wgmma_fence();
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
@@ -198,22 +271,29 @@ class Consumer {
     if (lane_idx_ == 0) ptx::mbarrier_arrive(smem_.dq_barriers.full[0]);
   }
 
-  // Until TMA has read the previous tile's gradients, which lie where dS goes.
-  __device__ __forceinline__ void await_gradients_sent() {
-    ptx::mbarrier_wait(smem_.gradients_sent, tile_phase_ ^ 1);
-  }
-
-  // Leaves the gradients in shared memory, where nobody reads dS and K' any more.
-  __device__ __forceinline__ void store_tile() {
-    ptx::named_barrier_sync(3, 256);
-    const int row0 = 16 * warp_idx_;
-    sm90::store_accumulator(smem_.dv[warpgroup_idx_], acc_dv_, {1.f, 1.f}, row0, lane_idx_);
-    sm90::store_accumulator(smem_.dk[warpgroup_idx_], acc_dk_,
-                            {p_.softmax_scale, p_.softmax_scale}, row0, lane_idx_);
+  // Leaves a gradient in shared memory, to be sent off. There is room for one, so that dK waits in
+  // its registers until the next tile needs these.
+  __device__ __forceinline__ void stage_gradient(const float (&acc)[kHeadDim / 8][4],
+                                                 float factor) {
+    sm90::wait_empty(smem_.gradient_barriers, gradient_at_);
+    sm90::store_accumulator(smem_.gradient[warpgroup_idx_], acc, {factor, factor}, 16 * warp_idx_,
+                            lane_idx_);
     ptx::fence_proxy_async();
     __syncwarp();
-    if (lane_idx_ == 0) ptx::mbarrier_arrive(smem_.gradients_full);
-    tile_phase_ ^= 1;
+    if (lane_idx_ == 0) ptx::mbarrier_arrive(smem_.gradient_barriers.full[0]);
+    gradient_at_.advance();
+  }
+  __device__ __forceinline__ void stage_dk() {
+    if (holds_dk_) stage_gradient(acc_dk_, p_.softmax_scale);
+    holds_dk_ = false;
+  }
+
+  static __device__ __forceinline__ void clear(float (&acc)[kHeadDim / 8][4]) {
+#pragma unroll
+    for (int n = 0; n < kHeadDim / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) acc[n][i] = 0.f;
+    }
   }
 
   SharedStorage& smem_;
@@ -226,7 +306,8 @@ class Consumer {
       ds_desc_, k_centred_desc_;
   sm90::RingPosition<Config::kStages> at_;
   sm90::RingPosition<2> tile_at_;
-  uint32_t tile_phase_ = 0;
+  sm90::RingPosition<1> gradient_at_;
+  bool holds_dk_ = false;
   sm90::RingPosition<1> kv_at_;
 
   float acc_dk_[kHeadDim / 8][4];

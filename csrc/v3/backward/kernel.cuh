@@ -13,15 +13,13 @@ __global__ void __launch_bounds__(Config::kNumThreads, 1)
   constexpr int kConsumerWarps = 4 * Config::kConsumers;
   extern __shared__ __align__(1024) char smem_bytes[];
   auto& smem = *reinterpret_cast<typename Config::SharedStorage*>(smem_bytes);
-  const bool wants_dq = p.dq_accum != nullptr;
   if (threadIdx.x == 0) {
-    smem.tile_barriers.init(1, kConsumerWarps + kKeyWarps + (wants_dq ? 1 : 0));
+    smem.tile_barriers.init(1, kConsumerWarps + (Config::kSharesDq ? 1 : 2));
     smem.query_barriers.init(1, kConsumerWarps);
-    smem.k_barriers.init(1, kConsumerWarps + (wants_dq ? kKeyWarps : 0));
+    smem.k_barriers.init(1, kConsumerWarps);
     smem.v_barriers.init(1, kConsumerWarps);
-    ptx::mbarrier_init(smem.k_centred_full, kKeyWarps);
-    ptx::mbarrier_init(smem.gradients_full, kConsumerWarps);
-    ptx::mbarrier_init(smem.gradients_sent, kKeyWarps);
+    smem.k_centred_barriers.init(kConsumerWarps, kConsumerWarps);
+    smem.gradient_barriers.init(kConsumerWarps, 1);
     smem.dq_barriers.init(4, 1);
     ptx::mbarrier_init_fence();
   }
@@ -32,8 +30,8 @@ __global__ void __launch_bounds__(Config::kNumThreads, 1)
   if (warp_idx < 4) {
     ptx::setmaxnreg_dec<Config::kProducerRegisters>();
     if (threadIdx.x == 0) Producer<Config>(smem, p).run();
-    if (wants_dq && threadIdx.x == 32) reduce_dq<Config>(smem, p);
-    if (warp_idx >= 2) KeyWarp<Config>(smem, p, warp_idx - 2).run();
+    if (threadIdx.x == 32) send_gradients<Config>(smem, p);
+    if (!Config::kSharesDq && threadIdx.x == 64) add_dq<Config>(smem, p);
   } else {
     ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
     Consumer<Config>(smem, p, warp_idx / 4 - 1).run();

@@ -16,6 +16,8 @@ struct alignas(16) RowStatistics {
   float lse_log2[kBlockM];  // +inf: a row that sees nothing, or padding; 0: is_huge_lse()
   int has_huge;             // there is such a row
   int batch_head;           // whose rows these are
+  int row_block;            // see row_block()
+  int row0;                 // the first of them
 };
 
 // Of a log-sum-exp in natural units: see kHugeLog2, and subtract_huge_lse().

@@ -1,8 +1,6 @@
-// The producer warpgroup: a thread that feeds the consumers by TMA, one that adds their dQ to
-// memory, and two warps that subtract the mean from K.
+// The producer warpgroup: a thread that feeds the consumers by TMA, one that sends dK and dV off,
+// and where it leaves by TMA, one for dQ.
 #pragma once
-
-#include <type_traits>
 
 #include "ptx/bulk_copy.cuh"
 #include "ptx/griddepcontrol.cuh"
@@ -43,6 +41,10 @@ class Producer {
       for_each_step(p_, tile, [&](int head_idx, int m_block) {
         load_queries(tile, head_idx, m_block);
         if (is_first) load_keys(tile);
+        // Last what the very first time has to wait for the preprocess kernel.
+        if (!may_read_statistics_) ptx::griddepcontrol_wait();
+        may_read_statistics_ = true;
+        if (is_first) load_key_mean(tile);
         is_first = false;
         load_statistics(tile, head_idx, m_block);
         at_.advance();
@@ -77,17 +79,22 @@ class Producer {
   __device__ __forceinline__ void load_keys(const TileWork& tile) {
     const sm90::TileCoords from{tile.n_block * Config::kBlockN, tile.kv_head_idx, tile.batch_idx};
     sm90::wait_empty(smem_.k_barriers, kv_at_);
-    sm90::load_tile(smem_.k, p_.k_map, smem_.k_barriers.full[0], from);
+    ptx::mbarrier_arrive_expect_tx(smem_.k_barriers.full[0],
+                                   Config::KVTile::kBytes + static_cast<int>(sizeof(smem_.key_mean)));
+    sm90::load_slabs(smem_.k, p_.k_map, smem_.k_barriers.full[0], from);
     sm90::wait_empty(smem_.v_barriers, kv_at_);
     sm90::load_tile(smem_.v, p_.v_map, smem_.v_barriers.full[0], from);
     kv_at_.advance();
   }
 
-  // Last, for the very first of them have to wait for the preprocess kernel.
+  __device__ __forceinline__ void load_key_mean(const TileWork& tile) {
+    const int64_t head = int64_t{tile.batch_idx} * p_.heads_kv + tile.kv_head_idx;
+    ptx::bulk_load(smem_.key_mean, p_.key_mean + head * Config::kHeadDim, sizeof(smem_.key_mean),
+                   smem_.k_barriers.full[0]);
+  }
+
   __device__ __forceinline__ void load_statistics(const TileWork& tile, int head_idx,
                                                   int m_block) {
-    if (!may_read_statistics_) ptx::griddepcontrol_wait();
-    may_read_statistics_ = true;
     const int64_t block = row_block(p_, tile.batch_idx, head_idx, m_block);
     auto& full = smem_.query_barriers.full[at_.stage];
     ptx::bulk_load(&smem_.statistics[at_.stage],
@@ -108,7 +115,7 @@ class Producer {
 // By one thread: the dQ of one step after another from shared memory to the accumulator, where
 // other thread blocks add, too.
 template <typename Config>
-__device__ __forceinline__ void reduce_dq(typename Config::SharedStorage& smem,
+__device__ __forceinline__ void add_dq(typename Config::SharedStorage& smem,
                                           const KernelParams& p) {
   constexpr int kFloats = Config::kBlockM * Config::kHeadDim;
   sm90::RingPosition<1> dq_at;
@@ -120,9 +127,11 @@ __device__ __forceinline__ void reduce_dq(typename Config::SharedStorage& smem,
     for_each_step(p, tile, [&](int head_idx, int m_block) {
       const int64_t block = row_block(p, tile.batch_idx, head_idx, m_block);
       sm90::wait_full(smem.dq_barriers, dq_at);
-      ptx::bulk_reduce_add(p.dq_accum + block * kFloats, smem.dq, sizeof(smem.dq));
-      ptx::tma_store_commit_group();
-      ptx::tma_store_wait_read();
+      if (p.dq_accum != nullptr) {
+        ptx::bulk_reduce_add(p.dq_accum + block * kFloats, smem.dq, sizeof(smem.dq));
+        ptx::tma_store_commit_group();
+        ptx::tma_store_wait_read();
+      }
       ptx::mbarrier_arrive(smem.dq_barriers.empty[0]);
       dq_at.advance();
     });
@@ -130,102 +139,31 @@ __device__ __forceinline__ void reduce_dq(typename Config::SharedStorage& smem,
   ptx::bulk_wait();
 }
 
-// Two warps, of which one sends dK off and the other dV, and which together compute K minus its
-// mean. From that dQ = dS K is computed: exactly, a row of dS sums to 0 (or to dL, see the
-// postprocess kernel); rounded it does not, and the remainder times a large mean of K is an error
-// of 10 to 50% in dQ on biased keys.
-inline constexpr int kKeyWarps = 2;
-
+// By one thread: each tile's dV and then its dK, to which its keys' rows belong.
 template <typename Config>
-class KeyWarp {
-  using Element = typename Config::Element;
-  using Pair = std::conditional_t<std::is_same_v<Element, __half>, __half2, __nv_bfloat162>;
-  using KVTile = typename Config::KVTile;
-  using SharedStorage = typename Config::SharedStorage;
-  static constexpr int kRowsPerPass = kKeyWarps * 4;  // eight columns a lane
-
- public:
-  __device__ __forceinline__ KeyWarp(SharedStorage& smem, const KernelParams& params, int warp_idx)
-      : smem_(smem), p_(params), warp_idx_(warp_idx), lane_idx_(threadIdx.x % 32) {}
-
-  __device__ __forceinline__ void run() {
-    ptx::griddepcontrol_wait();
-    uint32_t phase = 0, work_phase = 0;
-    for (sm90::RingPosition<2> at;; at.advance()) {
-      sm90::wait_full(smem_.tile_barriers, at);
-      const TileWork tile = smem_.tile[at.stage];
-      if (!tile.is_valid) break;
-      if (p_.dq_accum != nullptr && tile.m_begin < tile.m_end) {
-        centre(tile, phase, work_phase);
-        work_phase ^= 1;
+__device__ __forceinline__ void send_gradients(typename Config::SharedStorage& smem,
+                                               const KernelParams& p) {
+  sm90::RingPosition<1> gradient_at;
+  for (sm90::RingPosition<2> at;; at.advance()) {
+    sm90::wait_full(smem.tile_barriers, at);
+    const TileWork tile = smem.tile[at.stage];
+    if (!tile.is_valid) break;
+    ptx::mbarrier_arrive(smem.tile_barriers.empty[at.stage]);
+    for (const bool is_dv : {true, false}) {
+      sm90::wait_full(smem.gradient_barriers, gradient_at);
+      if ((is_dv ? p.dv : p.dk).data != nullptr) {
+        const int key0 = tile.n_block * Config::kBlockN;
+        for (int part = 0; part < Config::kConsumers; ++part) {
+          sm90::store_slabs(smem.gradient[part], is_dv ? p.dv_map : p.dk_map,
+                            {key0 + 64 * part, tile.kv_head_idx, tile.batch_idx});
+        }
+        ptx::tma_store_commit_group();
+        ptx::tma_store_wait_read();
       }
-      ptx::mbarrier_wait(smem_.gradients_full, phase);
-      if (lane_idx_ == 0) {
-        send(tile);
-        ptx::mbarrier_arrive(smem_.tile_barriers.empty[at.stage]);
-        ptx::mbarrier_arrive(smem_.gradients_sent);
-      }
-      phase ^= 1;
+      ptx::mbarrier_arrive(smem.gradient_barriers.empty[0]);
+      gradient_at.advance();
     }
   }
-
- private:
-  __device__ __forceinline__ void centre(const TileWork& tile, uint32_t phase,
-                                         uint32_t work_phase) {
-    const int col_in_slab = lane_idx_ % 8 * 8;
-    const float* mean = p_.key_mean + (int64_t{tile.batch_idx} * p_.heads_kv + tile.kv_head_idx) *
-                                          Config::kHeadDim;
-    Pair m[KVTile::kSlabs][4];
-#pragma unroll
-    for (int slab = 0; slab < KVTile::kSlabs; ++slab) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int col = slab * sm90::kSlabCols + col_in_slab + 2 * i;
-        const float2 x = *reinterpret_cast<const float2*>(mean + col);
-        const uint32_t bits = pack<Element>(x.x, x.y);
-        m[slab][i] = reinterpret_cast<const Pair&>(bits);
-      }
-    }
-    ptx::mbarrier_wait(smem_.k_barriers.full[0], work_phase);
-    ptx::mbarrier_wait(smem_.gradients_sent, phase ^ 1);
-    const int row0 = warp_idx_ * 4 + lane_idx_ / 8;
-#pragma unroll
-    for (int slab = 0; slab < KVTile::kSlabs; ++slab) {
-#pragma unroll 2
-      for (int row = row0; row < KVTile::kRows; row += kRowsPerPass) {
-        const int offset = KVTile::chunk_offset(row, slab * sm90::kSlabCols + col_in_slab);
-        uint4 bits = *reinterpret_cast<const uint4*>(smem_.k.data + offset);
-        auto* x = reinterpret_cast<Pair*>(&bits);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) x[i] = __hsub2(x[i], m[slab][i]);
-        *reinterpret_cast<uint4*>(smem_.k_centred.data + offset) = bits;
-      }
-    }
-    ptx::fence_proxy_async();
-    __syncwarp();
-    if (lane_idx_ == 0) {
-      ptx::mbarrier_arrive(smem_.k_barriers.empty[0]);
-      ptx::mbarrier_arrive(smem_.k_centred_full);
-    }
-  }
-
-  __device__ __forceinline__ void send(const TileWork& tile) {
-    const bool sends_dk = warp_idx_ == 0;
-    if ((sends_dk ? p_.dk : p_.dv).data == nullptr) return;
-    for (int part = 0; part < Config::kConsumers; ++part) {
-      const sm90::TileCoords to{tile.n_block * Config::kBlockN + 64 * part, tile.kv_head_idx,
-                                tile.batch_idx};
-      sm90::store_slabs(sends_dk ? smem_.dk[part] : smem_.dv[part],
-                        sends_dk ? p_.dk_map : p_.dv_map, to);
-    }
-    ptx::tma_store_commit_group();
-    ptx::tma_store_wait_read();
-  }
-
-  SharedStorage& smem_;
-  const KernelParams& p_;
-  const int warp_idx_;
-  const int lane_idx_;
-};
+}
 
 }  // namespace flash_ext::v3::backward
