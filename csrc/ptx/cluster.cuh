@@ -28,8 +28,10 @@ __device__ __forceinline__ uint32_t cluster_smem_addr(const void* ptr, int block
   return addr;
 }
 
-__device__ __forceinline__ void mbarrier_arrive_cluster(uint32_t bar) {
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];\n" ::"r"(bar)
+// Orders nothing: a release, at the scope of the cluster, would wait for all of the thread's
+// additions to global memory.
+__device__ __forceinline__ void mbarrier_arrive_cluster_relaxed(uint32_t bar) {
+  asm volatile("mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [%0];\n" ::"r"(bar)
                : "memory");
 }
 

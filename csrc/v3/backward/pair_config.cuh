@@ -58,9 +58,10 @@ struct PairConfig {
   // as many.
   static constexpr int kNumThreads = 4 * 128;
   static constexpr int kProducerRegisters = 24;
-  static constexpr int kKeyRegisters = 208;  // P, dS; dK and dV
-  static constexpr int kDqRegisters = 72;
-  static_assert(kProducerRegisters + 2 * kKeyRegisters + kDqRegisters == 4 * 128);
+  static constexpr int kDvRegisters = 200;
+  static constexpr int kDkRegisters = 192;
+  static constexpr int kDqRegisters = 96;
+  static_assert(kProducerRegisters + kDvRegisters + kDkRegisters + kDqRegisters == 4 * 128);
 
   using Tile = sm90::SmemTile<Element, 64, kHeadDim>;
   using HalfTile = sm90::SmemTile<Element, 64, kHalfDim>;
@@ -80,11 +81,19 @@ struct PairConfig {
     sm90::RingBarriers<1> k_barriers, v_barriers;
     sm90::RingBarriers<kStages> q_barriers;
     sm90::RingBarriers<kDoutStages> dout_barriers;
-    ptx::Mbarrier p_full[4];  // 16 keys each
+    ptx::Mbarrier p_full[kStages][4];  // 16 keys each
     sm90::RingBarriers<kStages> ds_barriers;
     ptx::Mbarrier other_ds_full[kStages];
   };
   static_assert(sizeof(SharedStorage) <= 227 * 1024, "what one thread block gets on sm_90");
 };
+
+// Address of this lane's row of the 8x8 matrices of its warp's 16 keys and the k-th 16 queries.
+template <typename Config>
+__device__ __forceinline__ uint32_t score_addr(const typename Config::ScoreTile& tile, int k) {
+  const int row = threadIdx.x / 32 % 4 * 16 + threadIdx.x % 16;
+  const int col = 16 * k + threadIdx.x / 16 % 2 * 8;
+  return ptx::smem_addr(tile.data) + Config::ScoreTile::chunk_offset(row, col);
+}
 
 }  // namespace flash_ext::v3::backward

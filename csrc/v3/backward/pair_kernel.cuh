@@ -1,8 +1,9 @@
 #pragma once
 
 #include "ptx/warpgroup.cuh"
+#include "v3/backward/pair_dk.cuh"
 #include "v3/backward/pair_dq.cuh"
-#include "v3/backward/pair_keys.cuh"
+#include "v3/backward/pair_dv.cuh"
 #include "v3/backward/pair_producer.cuh"
 
 namespace flash_ext::v3::backward {
@@ -18,8 +19,10 @@ __global__ void __cluster_dims__(Config::kClusterSize) __launch_bounds__(Config:
     smem.v_barriers.init(4);
     smem.q_barriers.init(2 * 4);
     smem.dout_barriers.init(2 * 4);
-    for (auto& bar : smem.p_full) ptx::mbarrier_init(bar, 1);
-    smem.ds_barriers.init(4, 4 * 4);
+    for (auto& stage : smem.p_full) {
+      for (auto& bar : stage) ptx::mbarrier_init(bar, 1);
+    }
+    smem.ds_barriers.init(4, 3 * 4);
     for (auto& bar : smem.other_ds_full) ptx::mbarrier_init(bar, 1);
     ptx::mbarrier_init_fence();
   }
@@ -33,14 +36,14 @@ __global__ void __cluster_dims__(Config::kClusterSize) __launch_bounds__(Config:
     if (threadIdx.x == 32) produce_queries<Config>(smem, p);
     if (threadIdx.x == 64) produce_douts<Config>(smem, p);
   } else if (warpgroup_idx == 1) {
-    ptx::setmaxnreg_inc<Config::kKeyRegisters>();
-    ProbabilityWarpgroup<Config>(smem, p).run();
+    ptx::setmaxnreg_inc<Config::kDvRegisters>();
+    ValueGradient<Config>(smem, p).run();
   } else if (warpgroup_idx == 2) {
-    ptx::setmaxnreg_inc<Config::kKeyRegisters>();
-    ScoreGradientWarpgroup<Config>(smem, p).run();
+    ptx::setmaxnreg_inc<Config::kDkRegisters>();
+    KeyGradient<Config>(smem, p).run();
   } else {
     ptx::setmaxnreg_dec<Config::kDqRegisters>();
-    DqWarpgroup<Config>(smem, p).run();
+    QueryGradient<Config>(smem, p).run();
   }
   __syncwarp();
   ptx::cluster_sync();  // the other thread block may still write to this one's shared memory
