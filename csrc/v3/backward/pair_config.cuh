@@ -19,27 +19,10 @@ struct PairTile {
 // The shuffle tells ptxas that a whole warp has the same value.
 __device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 
-// The query blocks of a tile, head after head.
-struct QueryWalk {
-  int head_idx;
-  int m_block;
-  int m_begin, m_end;
-  int length;
-
-  __device__ __forceinline__ QueryWalk(const PairTile& tile, int group_size)
-      : head_idx(uniform(tile.kv_head_idx) * group_size),
-        m_block(uniform(tile.m_begin)),
-        m_begin(m_block),
-        m_end(uniform(tile.m_end)),
-        length(m_begin < m_end ? (m_end - m_begin) * group_size : 0) {}
-
-  __device__ __forceinline__ void advance() {
-    if (++m_block == m_end) {
-      m_block = m_begin;
-      ++head_idx;
-    }
-  }
-};
+// Query blocks of a tile, over all heads of the group.
+__device__ __forceinline__ int num_query_blocks(const PairTile& tile, int group_size) {
+  return uniform(max(tile.m_end - tile.m_begin, 0)) * group_size;
+}
 
 template <typename Element_>
 struct PairConfig {
@@ -47,20 +30,20 @@ struct PairConfig {
   static constexpr int kHeadDim = 256;
   static constexpr int kHalfDim = kHeadDim / 2;
   static constexpr int kBlockM = 64;
-  static constexpr int kThreadBlockN = 64;             // keys of a thread block
+  static constexpr int kThreadBlockN = 64;           // keys of a thread block
   static constexpr int kBlockN = 2 * kThreadBlockN;  // of the pair, the cluster
   static constexpr int kClusterSize = 2;
-  static constexpr int kStages = 2;      // of Q, P and dS
-  static constexpr int kDoutStages = 3;  // of halves of dO
+  static constexpr int kStages = 2;            // of Q, P and dS
+  static constexpr int kDoutStages = 3;        // of halves of dO
   static constexpr bool kCentresKeys = false;  // no room for keys without their mean
 
   // Four warpgroups, and the registers of their threads, 4 x 128 in all: the launch gives everyone
   // as many.
   static constexpr int kNumThreads = 4 * 128;
-  static constexpr int kProducerRegisters = 24;
+  static constexpr int kProducerRegisters = 32;
   static constexpr int kDvRegisters = 200;
   static constexpr int kDkRegisters = 192;
-  static constexpr int kDqRegisters = 96;
+  static constexpr int kDqRegisters = 88;
   static_assert(kProducerRegisters + kDvRegisters + kDkRegisters + kDqRegisters == 4 * 128);
 
   using Tile = sm90::SmemTile<Element, 64, kHeadDim>;

@@ -24,60 +24,54 @@ class KeyGradient {
 
  public:
   __device__ __forceinline__ KeyGradient(SharedStorage& smem, const KernelParams& params)
-      : smem_(smem),
-        p_(params),
-        warp_idx_(threadIdx.x / 32 % 4),
-        lane_idx_(threadIdx.x % 32),
-        other_ds_(ptx::cluster_smem_addr(smem.other_ds, 1 - ptx::cluster_block_rank())),
-        other_ds_full_(ptx::cluster_smem_addr(smem.other_ds_full, 1 - ptx::cluster_block_rank())) {}
+      : smem_(smem), p_(params), warp_idx_(threadIdx.x / 32 % 4), lane_idx_(threadIdx.x % 32) {}
 
   __device__ __forceinline__ void run() {
-    sm90::RingPosition<1> key_at;
     for (int round = 0;; ++round) {
-      sm90::wait_full(smem_.v_barriers, key_at);
+      ptx::mbarrier_wait(smem_.v_barriers.full[0], round % 2);
       const PairTile& tile = smem_.tile[round % 2];
       if (!uniform(tile.is_valid)) break;
-      compute(QueryWalk(tile, p_.group_size).length);
+      compute(num_query_blocks(tile, p_.group_size));
       arrive(smem_.v_barriers.empty[0]);
       arrive(smem_.k_barriers.empty[0]);  // for the slot of the tile
       store(tile);
-      key_at.advance();
     }
   }
 
  private:
-  __device__ __forceinline__ void compute(int length) {
+  __device__ __forceinline__ void compute(int blocks) {
 #pragma unroll
     for (int n = 0; n < kTilesHalf; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) acc_dk_[0][n][i] = acc_dk_[1][n][i] = 0.f;
     }
-    if (length == 0) return;
+    if (blocks == 0) return;
     float acc_dp[kTilesM][4];
     issue_dp(acc_dp);
     ptx::wgmma_wait_group<0>();
-    compute_ds(acc_dp, at_);
-    // While the tensor cores add this block's dS^T Q to dK, the next one's dP becomes its dS.
+    release_dout();
+    compute_ds(acc_dp);
 #pragma unroll 1
-    for (int i = 1; i < length; ++i) {
-      const StagePosition at = at_;
-      at_.advance();
-      await_ds(at);
-      issue_dp(acc_dp);
-      issue_dk(at);
-      finish_dk(at);
-      compute_ds(acc_dp, at_);
+    while (--blocks > 0) {
+      await_ds();
+      issue_dk();
+      issue_dp(acc_dp);            // of the next block
+      ptx::wgmma_wait_group<2>();  // dK
+      release_dk();
+      ptx::wgmma_wait_group<0>();
+      release_dout();
+      compute_ds(acc_dp);
     }
-    await_ds(at_);
-    issue_dk(at_);
-    finish_dk(at_);
-    at_.advance();
+    await_ds();
+    issue_dk();
+    ptx::wgmma_wait_group<0>();
+    release_dk();
   }
 
-  // Until all four warps have written theirs.
-  __device__ __forceinline__ void await_ds(StagePosition at) {
-    sm90::wait_full(smem_.ds_barriers, at);
-    if (threadIdx.x % 128 == 0) send_ds(at.stage);
+  // Until all four warps have written theirs; then it goes to the other thread block, too.
+  __device__ __forceinline__ void await_ds() {
+    sm90::wait_full(smem_.ds_barriers, at_);
+    if (threadIdx.x % 128 == 0) send_ds();
   }
 
   __device__ __forceinline__ void issue_dp(float (&acc_dp)[kTilesM][4]) {
@@ -94,10 +88,9 @@ class KeyGradient {
     }
   }
 
-  __device__ __forceinline__ void issue_dk(StagePosition at) {
-    const auto ds_desc = sm90::Descriptor::k_major(smem_.ds[0]).template tile<ScoreTile>(at.stage);
-    const auto q_desc = sm90::Descriptor::mn_major(smem_.q[0]).template tile<Tile>(at.stage);
-    sm90::wait_full(smem_.q_barriers, at);
+  __device__ __forceinline__ void issue_dk() {
+    const auto ds_desc = sm90::Descriptor::k_major(smem_.ds[0]).template tile<ScoreTile>(at_.stage);
+    const auto q_desc = sm90::Descriptor::mn_major(smem_.q[0]).template tile<Tile>(at_.stage);
     ptx::wgmma_fence();
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -105,17 +98,27 @@ class KeyGradient {
                                          q_desc.template tile<HalfTile>(half), true);
     }
   }
-  __device__ __forceinline__ void finish_dk(StagePosition at) {
-    ptx::wgmma_wait_group<0>();
-    arrive(smem_.q_barriers.empty[at.stage]);
-    arrive(smem_.ds_barriers.empty[at.stage]);
+
+  // With this dK the block is done.
+  __device__ __forceinline__ void release_dk() {
+    arrive(smem_.q_barriers.empty[at_.stage]);
+    arrive(smem_.ds_barriers.empty[at_.stage]);
+    at_.advance();
   }
 
-  // dS = P * (dP - delta) where P was, and lets go of dO.
-  __device__ __forceinline__ void compute_ds(const float (&acc_dp)[kTilesM][4], StagePosition at) {
-    const float* delta = smem_.delta[at.stage] + lane_idx_ % 4 * 2;
-    auto& p = smem_.ds[at.stage];
-    ptx::mbarrier_wait(smem_.p_full[at.stage][warp_idx_], at.phase);
+  __device__ __forceinline__ void release_dout() {
+    for (int half = 0; half < 2; ++half) {
+      arrive(smem_.dout_barriers.empty[dout_at_.stage]);
+      dout_at_.advance();
+    }
+  }
+
+  // dS = P * (dP - delta) where P was.
+  __device__ __forceinline__ void compute_ds(const float (&acc_dp)[kTilesM][4]) {
+    const float* delta = smem_.delta[at_.stage] + lane_idx_ % 4 * 2;
+    auto& p = smem_.ds[at_.stage];
+    sm90::wait_full(smem_.q_barriers, at_);  // brings delta
+    ptx::mbarrier_wait(smem_.p_full[at_.stage][warp_idx_], at_.phase);
 #pragma unroll
     for (int k = 0; k < kTilesM / 2; k += 2) {
       uint32_t frag[2][4];  // two in flight, for the latency
@@ -131,16 +134,12 @@ class KeyGradient {
     }
     ptx::fence_proxy_async();
     __syncwarp();
-    arrive(smem_.ds_barriers.full[at.stage]);
-    for (int half = 0; half < 2; ++half) {
-      arrive(smem_.dout_barriers.empty[dout_at_.stage]);
-      dout_at_.advance();
-    }
+    arrive(smem_.ds_barriers.full[at_.stage]);
   }
 
   // Of eight queries, P's packed elements become dS's.
   static __device__ __forceinline__ void compute_eight(uint32_t* frag, const float (&acc_dp)[4],
-                                                    const float* delta) {
+                                                       const float* delta) {
     const float2 d = *reinterpret_cast<const float2*>(delta);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -151,12 +150,13 @@ class KeyGradient {
   }
 
   // And tells this thread block's dQ of what the other one sends at the same time.
-  __device__ __forceinline__ void send_ds(int stage) {
+  __device__ __forceinline__ void send_ds() {
     constexpr int kBytes = ScoreTile::kBytes;
-    constexpr int kBarrierBytes = sizeof(ptx::Mbarrier);
-    ptx::mbarrier_arrive_expect_tx(smem_.other_ds_full[stage], kBytes);
-    ptx::bulk_copy_cluster(other_ds_ + stage * kBytes, smem_.ds[stage].data, kBytes,
-                           other_ds_full_ + stage * kBarrierBytes);
+    const int other_rank = 1 - ptx::cluster_block_rank();
+    ptx::mbarrier_arrive_expect_tx(smem_.other_ds_full[at_.stage], kBytes);
+    ptx::bulk_copy_cluster(ptx::cluster_smem_addr(smem_.other_ds[at_.stage].data, other_rank),
+                           smem_.ds[at_.stage].data, kBytes,
+                           ptx::cluster_smem_addr(&smem_.other_ds_full[at_.stage], other_rank));
   }
 
   __device__ __forceinline__ void store(const PairTile& tile) const {
@@ -181,8 +181,7 @@ class KeyGradient {
   const KernelParams& p_;
   const int warp_idx_;
   const int lane_idx_;
-  const uint32_t other_ds_, other_ds_full_;           // in the other thread block
-  StagePosition at_;                                  // of the block's Q, P and dS
+  StagePosition at_;                                 // of the block's Q, P and dS
   sm90::RingPosition<Config::kDoutStages> dout_at_;  // of the first half of its dO
   float acc_dk_[2][kTilesHalf][4];
 };

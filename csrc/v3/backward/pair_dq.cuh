@@ -21,21 +21,15 @@ class QueryGradient {
 
  public:
   __device__ __forceinline__ QueryGradient(SharedStorage& smem, const KernelParams& params)
-      : smem_(smem),
-        p_(params),
-        rank_(ptx::cluster_block_rank()),
-        lane_idx_(threadIdx.x % 32),
-        other_ds_empty_(ptx::cluster_smem_addr(smem.ds_barriers.empty, 1 - rank_)) {}
+      : smem_(smem), p_(params), rank_(ptx::cluster_block_rank()), lane_idx_(threadIdx.x % 32) {}
 
   __device__ __forceinline__ void run() {
-    sm90::RingPosition<1> key_at;
     for (int round = 0;; ++round) {
-      sm90::wait_full(smem_.k_barriers, key_at);
+      ptx::mbarrier_wait(smem_.k_barriers.full[0], round % 2);
       const PairTile& tile = smem_.tile[round % 2];
       if (!uniform(tile.is_valid)) break;
       compute(tile);
       if (lane_idx_ == 0) ptx::mbarrier_arrive(smem_.k_barriers.empty[0]);
-      key_at.advance();
     }
 #pragma unroll
     for (int n = 0; n < kTilesSlab; ++n) add_finished(n);
@@ -43,26 +37,30 @@ class QueryGradient {
 
  private:
   __device__ __forceinline__ void compute(const PairTile& tile) {
-    QueryWalk walk(tile, p_.group_size);
-    const int batch_idx = uniform(tile.batch_idx);
+    const int m_begin = uniform(tile.m_begin);
+    const int m_end = uniform(tile.m_end);
+    const int first_head = uniform(tile.kv_head_idx) * p_.group_size;
+    int64_t first_block = row_block(p_, uniform(tile.batch_idx), first_head, 0);
+    for (int i = 0; i < p_.group_size; ++i, first_block += p_.num_m_blocks) {
 #pragma unroll 1
-    for (int i = 0; i < walk.length; ++i) {
-      const int64_t block = row_block(p_, batch_idx, walk.head_idx, walk.m_block);
-      sm90::wait_full(smem_.ds_barriers, at_);
-      ptx::mbarrier_wait(smem_.other_ds_full[at_.stage], at_.phase);
-#pragma unroll 1
-      for (int slab = 0; slab < kSlabs; ++slab) {
-        compute_slab(slab);
-        if (slab == 0) {
-          add_row_sums(block);
-        } else {
-          release_ds();
-        }
-        finished_at_ = p_.dq_accum == nullptr ? nullptr : accum_address(block, slab);
-      }
-      at_.advance();
-      walk.advance();
+      for (int m_block = m_begin; m_block < m_end; ++m_block) compute_block(first_block + m_block);
     }
+  }
+
+  __device__ __forceinline__ void compute_block(int64_t block) {
+    sm90::wait_full(smem_.ds_barriers, at_);
+    ptx::mbarrier_wait(smem_.other_ds_full[at_.stage], at_.phase);
+#pragma unroll 1
+    for (int slab = 0; slab < kSlabs; ++slab) {
+      compute_slab(slab);
+      if (slab == 0) {
+        add_row_sums(block);
+      } else {
+        release_ds();
+      }
+      finished_at_ = p_.dq_accum == nullptr ? nullptr : accum_address(block, slab);
+    }
+    at_.advance();
   }
 
   // 64 columns of dQ. In between the ones before leave for memory, one by one: in a burst they
@@ -80,13 +78,14 @@ class QueryGradient {
 #pragma unroll
     for (int n = 0; n < kTilesSlab; ++n) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) asm volatile("mov.f32 %0, %1;" : "=f"(finished_[n][i]) : "f"(acc_dq[n][i]));
+      for (int i = 0; i < 4; ++i)
+        asm volatile("mov.f32 %0, %1;" : "=f"(finished_[n][i]) : "f"(acc_dq[n][i]));
     }
   }
 
   template <int kIndex>
-  __device__ __forceinline__ void issue_products(float (&acc_dq)[kTilesSlab][4], sm90::Descriptor ds,
-                                                 sm90::Descriptor k) {
+  __device__ __forceinline__ void issue_products(float (&acc_dq)[kTilesSlab][4],
+                                                 sm90::Descriptor ds, sm90::Descriptor k) {
     using ptx::Major;
     constexpr int kSteps = ScoreTile::kRows / sm90::kWgmmaK;
 #pragma unroll
@@ -101,10 +100,10 @@ class QueryGradient {
 
   __device__ __forceinline__ void release_ds() const {
     if (lane_idx_ > 0) return;
-    ptx::mbarrier_arrive(smem_.ds_barriers.empty[at_.stage]);
+    ptx::Mbarrier& empty = smem_.ds_barriers.empty[at_.stage];
+    ptx::mbarrier_arrive(empty);
     // What was sent has been read.
-    ptx::mbarrier_arrive_cluster_relaxed(other_ds_empty_ +
-                                         at_.stage * static_cast<int>(sizeof(ptx::Mbarrier)));
+    ptx::mbarrier_arrive_cluster_relaxed(ptx::cluster_smem_addr(&empty, 1 - rank_));
   }
 
   __device__ __forceinline__ float* accum_address(int64_t block, int slab) const {
@@ -141,7 +140,7 @@ class QueryGradient {
   const KernelParams& p_;
   const int rank_;
   const int lane_idx_;
-  const uint32_t other_ds_empty_;             // in the other thread block
+
   sm90::RingPosition<Config::kStages> at_;  // of the block's dS
   float* finished_at_ = nullptr;
   float finished_[kTilesSlab][4];

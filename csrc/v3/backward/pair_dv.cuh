@@ -30,15 +30,13 @@ class ValueGradient {
         signed_scale_log2_(params.scale.negate ? -params.scale.log2 : params.scale.log2) {}
 
   __device__ __forceinline__ void run() {
-    sm90::RingPosition<1> key_at;
     for (int round = 0;; ++round) {
-      sm90::wait_full(smem_.k_barriers, key_at);
+      ptx::mbarrier_wait(smem_.k_barriers.full[0], round % 2);
       const PairTile& tile = smem_.tile[round % 2];
       if (!uniform(tile.is_valid)) break;
       compute(tile);
       arrive(smem_.k_barriers.empty[0]);
       store(tile);
-      key_at.advance();
     }
   }
 
@@ -49,7 +47,7 @@ class ValueGradient {
 #pragma unroll
       for (int i = 0; i < 4; ++i) acc_dv_[0][n][i] = acc_dv_[1][n][i] = 0.f;
     }
-    int blocks = QueryWalk(tile, p_.group_size).length;
+    int blocks = num_query_blocks(tile, p_.group_size);
     if (blocks == 0) return;
     float acc_s[kTilesM][4];
     uint32_t frag_p[kKSteps][4];
@@ -157,7 +155,7 @@ class ValueGradient {
   const int warp_idx_;
   const int lane_idx_;
   const float signed_scale_log2_;
-  StagePosition at_;                                  // of the block's Q and P
+  StagePosition at_;                                 // of the block's Q and P
   sm90::RingPosition<Config::kDoutStages> dout_at_;  // of the first half of its dO
   float acc_dv_[2][kTilesHalf][4];
 };

@@ -65,47 +65,39 @@ __device__ __forceinline__ void for_each_query_block(const KernelParams& p, Visi
   }
 }
 
-// Q and L of every query block.
+// Q of every query block, with L and delta.
 template <typename Config>
 __device__ __forceinline__ void produce_queries(typename Config::SharedStorage& smem,
                                                 const KernelParams& p) {
   using Statistics = RowStatistics<Config::kBlockM>;
-  constexpr int kBytes = Config::Tile::kBytes + static_cast<int>(sizeof(Statistics));
+  constexpr int kDeltaBytes = Config::kBlockM * static_cast<int>(sizeof(float));
+  constexpr int kBytes = Config::Tile::kBytes + static_cast<int>(sizeof(Statistics)) + kDeltaBytes;
   const auto* statistics = reinterpret_cast<const Statistics*>(p.row_statistics);
   sm90::RingPosition<Config::kStages> at;
-  ptx::griddepcontrol_wait();  // the statistics are the preprocess kernel's
+  ptx::griddepcontrol_wait();  // L and delta are the preprocess kernel's
   for_each_query_block<Config>(p, [&](sm90::TileCoords from, int64_t block) {
     ptx::Mbarrier& full = smem.q_barriers.full[at.stage];
     sm90::wait_empty(smem.q_barriers, at);
     ptx::mbarrier_arrive_expect_tx(full, kBytes);
     sm90::load_slabs(smem.q[at.stage], p.q_map, full, from);
     ptx::bulk_load(&smem.statistics[at.stage], statistics + block, sizeof(Statistics), full);
+    ptx::bulk_load(smem.delta[at.stage], p.delta + block * Config::kBlockM, kDeltaBytes, full);
     at.advance();
   });
   ptx::griddepcontrol_launch_dependents();
 }
 
-// dO and delta, which comes with the first half of the columns.
+// Its dO, in halves of the columns.
 template <typename Config>
 __device__ __forceinline__ void produce_douts(typename Config::SharedStorage& smem,
                                               const KernelParams& p) {
-  constexpr int kHalfBytes = Config::HalfTile::kBytes;
-  constexpr int kDeltaBytes = Config::kBlockM * static_cast<int>(sizeof(float));
   sm90::RingPosition<Config::kDoutStages> at;
-  int delta_stage = 0;
-  ptx::griddepcontrol_wait();
-  for_each_query_block<Config>(p, [&](sm90::TileCoords from, int64_t block) {
-    sm90::wait_empty(smem.dout_barriers, at);
-    ptx::mbarrier_arrive_expect_tx(smem.dout_barriers.full[at.stage], kHalfBytes + kDeltaBytes);
-    ptx::bulk_load(smem.delta[delta_stage], p.delta + block * Config::kBlockM, kDeltaBytes,
-                   smem.dout_barriers.full[at.stage]);
-    sm90::load_slabs(smem.dout[at.stage], p.dout_map, smem.dout_barriers.full[at.stage], from);
-    at.advance();
-    delta_stage ^= 1;
-    from.col = Config::kHalfDim;
-    sm90::wait_empty(smem.dout_barriers, at);
-    sm90::load_tile(smem.dout[at.stage], p.dout_map, smem.dout_barriers.full[at.stage], from);
-    at.advance();
+  for_each_query_block<Config>(p, [&](sm90::TileCoords from, int64_t) {
+    for (; from.col < Config::kHeadDim; from.col += Config::kHalfDim) {
+      sm90::wait_empty(smem.dout_barriers, at);
+      sm90::load_tile(smem.dout[at.stage], p.dout_map, smem.dout_barriers.full[at.stage], from);
+      at.advance();
+    }
   });
 }
 
