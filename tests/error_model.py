@@ -112,6 +112,9 @@ class ErrorModel:
         ds_variance = self._rounding(ds) + self.p_relative_variance * ds2
         ds_variance += self.underflow * (1 + dp.square())
         ds_variance += p2 * self._accumulation(do2 @ self.v.square().mT, do_v, head_dim)
+        if self.q.is_cuda and head_dim > 128:
+            # v3's warpgroups hand P on as an operand, rounded, and dS is computed from that.
+            ds_variance += self.p_rounding * dp.square()
 
         # rowsum(dS) is known, so the mean of the keys can be taken out of dQ's error.
         key_sum = self.k.sum(2, keepdim=True)
@@ -121,9 +124,9 @@ class ErrorModel:
         mean = sampled.mean(2, keepdim=True).nan_to_num()
         keys_left = [self.k - mean]
         if self.k.is_cuda:
-            # v3 leaves columns as they are whose mean is small beside their values.
+            # v3 rounds the mean, and leaves columns as they are whose mean is small beside their values.
             is_small = mean.square() <= sampled.square().mean(2, keepdim=True) / 16
-            keys_left.append(self.k - mean.masked_fill(is_small, 0.0))
+            keys_left.append(self.k - mean.masked_fill(is_small, 0.0).to(self.dtype))
         if self.dtype == torch.float64:
             # The reference keeps the mean, and in fp64 its error counts as much as the kernel's.
             keys_left.append(self.k)
