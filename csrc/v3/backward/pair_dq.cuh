@@ -52,20 +52,16 @@ class QueryGradient {
     ptx::mbarrier_wait(smem_.other_ds_full[at_.stage], at_.phase);
 #pragma unroll 1
     for (int slab = 0; slab < kSlabs; ++slab) {
-      compute_slab(slab);
-      if (slab == 0) {
-        add_row_sums(block);
-      } else {
-        release_ds();
-      }
+      compute_slab(block, slab);
       finished_at_ = p_.dq_accum == nullptr ? nullptr : accum_address(block, slab);
     }
+    release_ds();
     at_.advance();
   }
 
   // 64 columns of dQ. In between the ones before leave for memory, one by one: in a burst they
   // would hold up the shared-memory accesses of the other warpgroups.
-  __device__ __forceinline__ void compute_slab(int slab) {
+  __device__ __forceinline__ void compute_slab(int64_t block, int slab) {
     using Descriptor = sm90::Descriptor;
     float acc_dq[kTilesSlab][4];
     issue_products<0>(acc_dq, Descriptor::mn_major(smem_.ds[0]).template tile<ScoreTile>(at_.stage),
@@ -74,6 +70,7 @@ class QueryGradient {
                       Descriptor::mn_major(smem_.other_ds[0]).template tile<ScoreTile>(at_.stage),
                       Descriptor::mn_major(smem_.other_k).template tile<ScoreTile>(slab));
     ptx::wgmma_commit_group();
+    if (slab == 0) add_row_sums(block);
     ptx::wgmma_wait_group<0>();
 #pragma unroll
     for (int n = 0; n < kTilesSlab; ++n) {
