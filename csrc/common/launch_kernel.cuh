@@ -16,8 +16,8 @@ inline unsigned grid_size(int64_t num_blocks, const AttentionShape& shape) {
   return static_cast<unsigned>(num_blocks);
 }
 
-// Whether a kernel may begin while the one before it on the stream still runs. It must then wait for
-// that one before it touches what the two share (ptx/griddepcontrol.cuh).
+// Whether a kernel may begin while the one before it on the stream still runs. It must then wait
+// for that one before it touches what the two share (ptx/griddepcontrol.cuh).
 enum class Overlap { kNone, kPrevious };
 
 // Launches `kernel` with more than the default 48 KB of shared memory where it needs it.

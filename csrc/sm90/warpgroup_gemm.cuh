@@ -9,8 +9,8 @@ namespace flash_ext::sm90 {
 
 inline constexpr int kWgmmaK = 16;
 
-// acc (+)= A B^T: both tiles lie in shared memory with k along their rows. Of A's rows the 64 count at
-// which the descriptor begins.
+// acc (+)= A B^T: both tiles lie in shared memory with k along their rows. Of A's rows the 64 count
+// at which the descriptor begins.
 template <typename ATile, typename BTile>
 __device__ __forceinline__ void gemm_abt(float (&acc)[BTile::kRows / 8][4], Descriptor a,
                                          Descriptor b, bool accumulates = false) {
