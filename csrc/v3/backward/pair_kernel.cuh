@@ -9,8 +9,11 @@
 namespace flash_ext::v3::backward {
 
 template <typename Config>
-__global__ void __cluster_dims__(Config::kClusterSize) __launch_bounds__(Config::kNumThreads, 1)
-    pair_kernel(const __grid_constant__ KernelParams p) {
+__global__ void
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL  // what else is compiled for, and never runs it, has no clusters
+__cluster_dims__(Config::kClusterSize)
+#endif
+    __launch_bounds__(Config::kNumThreads, 1) pair_kernel(const __grid_constant__ KernelParams p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) char smem_bytes[];
   auto& smem = *reinterpret_cast<typename Config::SharedStorage*>(smem_bytes);
