@@ -11,11 +11,11 @@ READY := $(if $(HAS_TORCH),,.venv/ready)
 CLANG_FORMAT = $(shell $(PY) -c "import clang_format; print(clang_format.get_executable('clang-format'))")
 CXX_FILES = $(shell git ls-files '*.h' '*.cuh' '*.cpp' '*.cu')
 
-.PHONY: help demo test bench gpu-check build kernels lint format clean
+.PHONY: help demo test bench train-check gpu-check build kernels lint format clean
 .DEFAULT_GOAL := help
 
 help: ## list the commands
-	@sed -n 's/^\([a-z-]*\):[^#]*## /\1|/p' Makefile | awk -F'|' '{printf "make %-10s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1|/p' Makefile | awk -F'|' '{printf "make %-11s %s\n", $$1, $$2}'
 
 demo: build ## naive attention, SDPA, v1, v2 and v3 side by side on the best device present
 	@$(PY) -m build_tools.environment check bench
@@ -28,6 +28,10 @@ test: build ## all tests that this machine can run
 bench: build ## the papers' grid beside SDPA: table, JSON, plots
 	@$(PY) -m build_tools.environment check bench
 	$(PY) -m benchmarks.bench_attention $(ARGS)
+
+train-check: build ## a small GPT trained with flash_ext and with exact attention: their losses, a plot
+	@$(PY) -m build_tools.environment check bench
+	$(PY) -m benchmarks.train_check $(ARGS)
 
 gpu-check: build ## tests, memory checker and bit repeatability on a GPU, recorded in benchmarks/results
 	@$(PY) -m build_tools.environment check test bench

@@ -6,6 +6,7 @@ small_shapes     v1, v2 and v3 against naive attention on the shapes where launc
 memory           extra device memory by sequence length
 host_time        what one call costs the CPU thread that makes it
 hbm_traffic      bytes moved through device memory, by the profiler's counters
+train_check      a small GPT trained with flash_ext and with exact attention (`make train-check`)
 gpu_check        tests, memory checker and bit repeatability on a GPU (`make gpu-check`)
 claims           the numbers the package promises beside what was measured
 readme_tables    writes the recorded results into README.md

@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 from benchmarks import record, tables
+from benchmarks.cases import PASSES
 from benchmarks.tables import geometric_mean
 
 PEERS = json.loads((Path(__file__).parent / "peers_h200.json").read_text())
+BEST_PEER = "the best of FlashAttention-3 and -4 and SDPA (peers_h200.json)"
 VERDICTS = {True: "[green]met    [/]", False: "[red]missed [/]", None: "[dim]not run[/]"}
 
 
@@ -22,6 +24,7 @@ def claims(folder):
         (_grid_claims, "attention"),
         (_v3_claims, "attention"),
         (_small_shape_claims, "small_shapes"),
+        (_hopper_claims, "small_shapes"),
         (_memory_claims, "memory"),
         (_host_claims, "host_time"),
         (_traffic_claims, "hbm_traffic"),
@@ -53,11 +56,11 @@ def _grid_claims(results):
         yield _claim(row, "0.60", mean, at_least(0.6), "bench_attention")
 
 
-def over_cudnn(results):
-    """(head_dim, causal, seqlen) -> speed of v3's forward over that of SDPA cuDNN in the same run."""
+def over_cudnn(results, pass_name):
+    """(head_dim, causal, seqlen) -> speed of v3 over that of SDPA cuDNN in the same run."""
     times = {}
     for row in results.get("rows", []):
-        if row["pass"] == "forward" and row["check"] == "passed":
+        if row["pass"] == pass_name and row["check"] == "passed":
             times.setdefault(_cell(row), {})[row["impl"]] = row["ms"]
     return {
         cell: at["sdpa_cudnn"] / at["flash_ext_v3"]
@@ -71,26 +74,31 @@ def _cell(row):
 
 
 def _v3_claims(results):
-    peers = {_cell(row): row["best_over_cudnn"] for row in PEERS["forward"]}
-    found = over_cudnn(results)
+    for pass_name in PASSES:
+        yield from _v3_claims_of(pass_name, results)
+
+
+def _v3_claims_of(pass_name, results):
+    peers = {_cell(row): row["best_over_cudnn"] for row in PEERS[pass_name]}
+    found = over_cudnn(results, pass_name)
     if not peers.keys() <= found.keys():
         found = {}  # a mean over some of the shapes would be another claim
 
     def claim(what, bound, value, digits="{:.2f}"):
-        row, target = f"v3 forward {what}, bf16", digits.format(bound)
+        row, target = f"v3 {pass_name} {what}, bf16", digits.format(bound)
         return _claim(row, target, value, at_least(bound), "bench_attention", digits)
 
-    short = [ratio for cell, ratio in found.items() if cell[2] <= 1024]
-    yield claim("over SDPA cuDNN, geometric mean at 512 and 1k", 1.15, geometric_mean(short))
+    if pass_name == "forward":
+        short = [ratio for cell, ratio in found.items() if cell[2] <= 1024]
+        yield claim("over SDPA cuDNN, geometric mean at 512 and 1k", 1.15, geometric_mean(short))
     yield claim("over SDPA cuDNN, worst shape of the papers' grid", 1.0, min(found.values(), default=None))
 
     # What the peers reach holds on one kind of card.
     over_peer = [found[cell] / peers[cell] for cell in found.keys() & peers if results["gpu"] == PEERS["gpu"]]
-    best = "the best of FlashAttention-3 and -4 and SDPA (peers_h200.json)"
-    yield claim(f"over {best}, geometric mean over the papers' grid", 1.05, geometric_mean(over_peer))
-    yield claim(f"over {best}, worst shape", 0.97, min(over_peer, default=None))
+    yield claim(f"over {BEST_PEER}, geometric mean over the papers' grid", 1.05, geometric_mean(over_peer))
+    yield claim(f"over {BEST_PEER}, worst shape", 0.97, min(over_peer, default=None))
     ahead = sum(ratio >= 1 for ratio in over_peer) if over_peer else None
-    yield claim(f"at or above {best}, shapes of {len(peers)}", 33, ahead, "{:d}")
+    yield claim(f"at or above {BEST_PEER}, shapes of {len(peers)}", 33, ahead, "{:d}")
 
 
 def _small_shape_claims(results):
@@ -106,26 +114,56 @@ def _small_shape_claims(results):
     worst = min(select(group="full_gpu", impl="flash_ext_v1"), default=None)
     row = "v1 over naive, forward, d=64, batch*heads >= 132, seqlen >= 1024 (worst shape)"
     yield _claim(row, "> 1.0x", worst, lambda value: value > 1.0, "small_shapes", "{:.3f}x")
-    # Cases are timed one after the other, and the card's clock drifts: only ratios within one compare.
-    over_cudnn = {
-        (line["head_dim"], line["dtype"]): line["ratio"]
-        for line in ratios
-        if line["group"] == "hopper" and line["impl"] == "flash_ext_v3" and "heads_kv" not in line
-    }
-    over_bf16 = [ratio / over_cudnn[d, "bf16"] for (d, dtype), ratio in over_cudnn.items() if dtype == "fp16"]
-    row = "v3 forward over SDPA cuDNN, in fp16 over the same in bf16, causal, 4k, d=64, 128 and 256 (worst)"
-    yield _claim(row, "0.97", min(over_bf16, default=None), at_least(0.97), "small_shapes")
-    rates = {
-        row["heads"] // row.get("heads_kv", row["heads"]): row["tflops"]
-        for row in results.get("rows", [])
-        if row["impl"] == "flash_ext_v3" and (row["head_dim"], row["dtype"], row["causal"]) == (128, "bf16", True)
-    }
-    rate = rates[4] / rates[1] if {1, 4} <= rates.keys() else None
-    row = "v3 forward, TFLOP/s with 32/8 heads over those with 32, bf16, d=128, causal, 4k"
-    yield _claim(row, "1.00", rate, at_least(1.0), "small_shapes")
     worst = min(select(group="fp32", impl="flash_ext_v2"), default=None)
     row = "v2 over naive, forward and backward, fp32, seqlen >= 512 (worst shape)"
     yield _claim(row, "1.0x", worst, at_least(1.0), "small_shapes", "{:.2f}x")
+
+
+def _hopper_claims(results):
+    lines = [line for line in results.get("ratios", []) if line["impl"].startswith("flash_ext_v3")]
+    # Cases are timed one after the other, and the card's clock drifts: only ratios within one compare.
+    for pass_name in PASSES:
+        over_cudnn = {
+            (line["head_dim"], line["dtype"]): line["ratio"]
+            for line in lines
+            if (line["group"], line["pass"]) == ("hopper", pass_name) and "heads_kv" not in line
+        }
+        over_bf16 = [ratio / over_cudnn[d, "bf16"] for (d, dtype), ratio in over_cudnn.items() if dtype == "fp16"]
+        row = f"v3 {pass_name} over SDPA cuDNN, in fp16 over the same in bf16, causal, 4k, d=64, 128 and 256 (worst)"
+        yield _claim(row, "0.97", min(over_bf16, default=None), at_least(0.97), "small_shapes")
+        layers = _model_layers(results, "flash_ext_v3", pass_name)
+        rate = layers[4]["tflops"] / layers[1]["tflops"] if layers.keys() == {1, 4} else None
+        row = f"v3 {pass_name}, TFLOP/s with 32/8 heads over those with 32, bf16, d=128, causal, 4k"
+        yield _claim(row, "1.00", rate, at_least(1.0), "small_shapes")
+    for group, heads in ((1, "32"), (4, "32/8")):
+        row = f"v3 forward and backward over {BEST_PEER}, {heads} heads, bf16, d=128, causal, 4k"
+        yield _claim(row, "1.05", _step_over_peer(results, group), at_least(1.05), "small_shapes")
+    ratios = [line["ratio"] for line in lines if line["group"] == "deterministic"]
+    row = "v3 backward, deterministic over default, bf16, d=128, 8k (worst)"
+    yield _claim(row, "0.80", min(ratios, default=None), at_least(0.8), "small_shapes")
+
+
+def _model_layers(results, impl, pass_name):
+    """Query heads per key head -> the row of one layer of a model: 32 heads of 128, bf16, causal, 4k."""
+    wanted = {"impl": impl, "pass": pass_name, "dtype": "bf16", "heads": 32, "head_dim": 128, "seqlen": 4096}
+    wanted["causal"] = True
+    return {
+        row["heads"] // row.get("heads_kv", row["heads"]): row
+        for row in results.get("rows", [])
+        if all(row[key] == value for key, value in wanted.items())
+    }
+
+
+def _step_over_peer(results, group):
+    """Speed of v3's forward and backward together over those of the best peer of each, by cuDNN in the same run."""
+    ours, peer = 0.0, 0.0
+    for pass_name in PASSES:
+        rows = [_model_layers(results, impl, pass_name).get(group) for impl in ("flash_ext_v3", "sdpa_cudnn")]
+        if None in rows or results["gpu"] != PEERS["gpu"]:
+            return None
+        best_over_cudnn = {_cell(row): row["best_over_cudnn"] for row in PEERS[pass_name]}[128, True, 4096]
+        ours, peer = ours + rows[0]["ms"], peer + rows[1]["ms"] / best_over_cudnn
+    return peer / ours
 
 
 def _memory_claims(results):

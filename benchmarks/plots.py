@@ -190,3 +190,21 @@ def plot_traffic(rows, path, title, subtitle):
             axis.set_title(f"bytes {'read' if direction == 'read' else 'written'}")
             axis.set_xlabel("sequence length")
         return _finish(figure, axes, title, subtitle, path)
+
+
+def plot_training(curves, differences, allowed, path, title, subtitle):
+    """Losses by step, and how far each smoothed curve is from the baseline's; grey: as far as noise may go."""
+    styles = {"flash_ext": STYLE["flash_ext_v3"][0], "SDPA": STYLE["sdpa"][0]}
+    with plt.rc_context(RC):
+        figure, axes = plt.subplots(1, 2, figsize=(8.5, 3.2), layout="constrained")
+        for axis, lines in zip(axes, (curves, differences), strict=True):
+            for name, values in lines.items():
+                is_ours = name == "flash_ext"
+                style = {"color": styles.get(name, "#b9a38a"), "linewidth": 1.8 if is_ours else 1.0}
+                label = name.partition(" ")[0] + (" nudged" if "nudged" in name else "")
+                axis.plot(values, label=label, zorder=4 if is_ours else 3, **style)
+            axis.set_xlabel("step")
+        axes[1].axhspan(-allowed, allowed, color="#eeeeee", zorder=1)
+        axes[0].set_title("loss, nats a letter")
+        axes[1].set_title("smoothed loss minus the baseline's")
+        return _finish(figure, axes, title, subtitle, path)

@@ -70,8 +70,7 @@ def _tflops_cell(row):
 
 
 def ratio_section(results):
-    """v3 has no backward of its own."""
-    columns = [("v2", "forward"), ("v3", "forward"), ("v2", "backward")]
+    columns = [(ours, pass_name) for pass_name in PASSES for ours in ("v2", "v3")]
     lines = []
     for other in LABELS:
         means = [results["ratios"].get(p, {}).get(f"flash_ext_{ours}/{other}") for ours, p in columns]
@@ -208,6 +207,17 @@ def gpu_check_section(results):
     return f"{markdown_table(['', 'status', ''], lines)}\n\n{source_line(results, 'make gpu-check')}"
 
 
+def train_check_section(results):
+    lines = [
+        [name, f"{results['final_losses'][name]:.4f}", f"{results['distances'].get(name, 0.0):.4f}"]
+        for name in ("fp64", *results["distances"])
+    ]
+    table = markdown_table(["attention", "loss at the end", "farthest from fp64"], lines)
+    verdict = "passed" if results["passed"] else "**failed**"
+    noise = f" {results['steps']} steps; noise {results['noise']:.4f}, allowed {results['allowed']:.4f}: {verdict}."
+    return f"{table}\n\n{source_line(results, 'make train-check', noise)}"
+
+
 def build_section(results):
     lines = [[row["build"], row["jobs"], f"{row['seconds']:.0f} s"] for row in results["rows"]]
     memory = f" Largest process: {format_bytes(results['largest_process_bytes'])}."
@@ -225,6 +235,7 @@ SECTIONS = {
     "hbm_traffic": ("hbm_traffic", hbm_traffic_section),
     "claims": ("claims", claims_section),
     "gpu_check": ("gpu_check", gpu_check_section),
+    "train_check": ("train_check", train_check_section),
     "build": ("build", build_section),
 }
 

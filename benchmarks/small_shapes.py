@@ -1,7 +1,8 @@
 """v1, v2 and v3 against naive attention (on a CPU: against torch's SDPA) where the promises are made.
 
 One head of 1024 tokens, where a launch costs as much as the work; v1 with enough heads to fill the GPU;
-few tiles; fp16 and grouped queries with v3; and fp32, where naive attention is a chain of cuBLAS calls.
+few tiles; fp16 and grouped queries with v3, and its deterministic gradients; and fp32, where naive attention
+is a chain of cuBLAS calls.
 GPU time by graph replay, inputs rotated through more memory than the L2 cache holds.
 """
 
@@ -40,16 +41,21 @@ def groups(device):
         ),
         "few_tiles": (
             ("sdpa_flash", "sdpa_cudnn", "flash_ext_v2", "flash_ext_v3"),
-            FORWARD,
+            BOTH,
             [AttentionCase(*shape, "bf16") for shape in FEW_TILES],
         ),
         "hopper": (
             ("sdpa_cudnn", "flash_ext_v3"),
-            FORWARD,
+            BOTH,
             [
                 *(AttentionCase(*shape, dtype, True) for shape in SAME_WORK for dtype in ("bf16", "fp16")),
                 AttentionCase(4, 32, 4096, 128, "bf16", True, heads_kv=8),
             ],
+        ),
+        "deterministic": (
+            ("flash_ext_v3", "flash_ext_v3_deterministic"),
+            ("backward",),
+            [AttentionCase(2, 16, 8192, 128, "bf16", causal) for causal in (False, True)],
         ),
         "fp32": (
             ("naive", "flash_ext_v2"),

@@ -18,6 +18,7 @@ LABELS = {
     "flash_ext_v1": "flash_ext v1",
     "flash_ext_v2": "flash_ext v2",
     "flash_ext_v3": "flash_ext v3",
+    "flash_ext_v3_deterministic": "flash_ext v3, deterministic",
 }
 STYLES = {"flash_ext_v1": "bold", "flash_ext_v2": "bold", "flash_ext_v3": "bold green", "naive": "dim"}
 

@@ -13,12 +13,20 @@ KERNELS = ("backward", "forward_v2", "forward_v1")
 DTYPES = {"fp32": "float", "bf16": "__nv_bfloat16", "fp16": "__half"}
 HEAD_DIMS = (64, 128, 256)
 
-# On wgmma: sm_90a and 16-bit types only. Between the head dimensions of the other kernels lie more.
-KERNELS_SM90 = ("forward_v3",)
+# On wgmma: sm_90a and 16-bit types only. For each head dimension of the other kernels, their own.
+HEAD_DIMS_SM90 = {
+    "backward_v3": {64: (64,), 128: (128,), 256: (256,)},
+    "forward_v3": {64: (64,), 128: (96, 128), 256: (192, 256)},
+}
 DTYPES_SM90 = ("bf16", "fp16")
-HEAD_DIMS_SM90 = {64: (64,), 128: (96, 128), 256: (192, 256)}
 
-_FOLDERS = {"backward": "backward", "forward_v3": "v3", "forward_v2": "v2", "forward_v1": "v1"}
+_FOLDERS = {
+    "backward": "backward",
+    "forward_v1": "v1",
+    "forward_v2": "v2",
+    "forward_v3": "v3",
+    "backward_v3": "v3/backward",
+}
 
 
 @dataclass(frozen=True)
@@ -40,8 +48,9 @@ class Selection:
         yield "FLASH_EXT", KERNELS, self.dtypes, self.head_dims
         dtypes = tuple(dtype for dtype in self.dtypes if dtype in DTYPES_SM90)
         if self.has_sm90 and dtypes:
-            head_dims = tuple(finer for head_dim in self.head_dims for finer in HEAD_DIMS_SM90[head_dim])
-            yield "FLASH_EXT_SM90", KERNELS_SM90, dtypes, head_dims
+            for kernel, own in HEAD_DIMS_SM90.items():
+                head_dims = tuple(d for head_dim in self.head_dims for d in own[head_dim])
+                yield f"FLASH_EXT_{kernel.upper()}", (kernel,), dtypes, head_dims
 
     def kernels(self):
         return [kernel for _, kernels, _, _ in self.families() for kernel in kernels]
@@ -74,11 +83,12 @@ def _chosen(environ, variable, allowed):
 
 
 def _source(kernel, element, head_dim):
-    params = "BackwardParams" if kernel == "backward" else "ForwardParams"
+    is_backward = kernel.startswith("backward")
+    params = "BackwardParams" if is_backward else "ForwardParams"
     arguments = f"<{element}, {head_dim}>(\n    const flash_ext::{params}&"
     launch = f"template void flash_ext::launch_{kernel}{arguments}, flash_ext::CudaStream);\n"
     plan = f"template flash_ext::KernelPlan flash_ext::plan_{kernel}{arguments});\n"
-    return f'#include "{_FOLDERS[kernel]}/launch.cuh"\n\n{launch}' + (plan if kernel != "backward" else "")
+    return f'#include "{_FOLDERS[kernel]}/launch.cuh"\n\n{launch}' + ("" if is_backward else plan)
 
 
 def write_if_changed(path, text):

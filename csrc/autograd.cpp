@@ -20,7 +20,7 @@ using ForwardSignature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&
                                                     c10::string_view, bool, OptionalTile);
 using BackwardSignature = std::tuple<Tensor, Tensor, Tensor>(
     const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&, const Tensor&,
-    const std::optional<Tensor>&, std::optional<double>, c10::string_view, bool,
+    const std::optional<Tensor>&, std::optional<double>, c10::string_view, c10::string_view, bool,
     std::array<bool, 3>, OptionalTile);
 
 const auto& forward_operator() {
@@ -57,6 +57,7 @@ class AttentionFunction : public torch::autograd::Function<AttentionFunction> {
     ctx->save_for_backward({q, k, v, out, lse});
     ctx->saved_data["scale"] = scale;
     ctx->saved_data["causal"] = std::string(causal);
+    ctx->saved_data["algorithm"] = std::string(algorithm);
     ctx->saved_data["deterministic"] = deterministic;
     ctx->saved_data["tile"] = tile ? std::make_optional(tile->vec()) : std::nullopt;
     ctx->set_materialize_grads(false);
@@ -78,8 +79,8 @@ class AttentionFunction : public torch::autograd::Function<AttentionFunction> {
     auto [dq, dk, dv] = backward_operator().call(
         dout, saved[0], saved[1], saved[2], out, saved[4], dlse,
         ctx->saved_data["scale"].toOptional<double>(), ctx->saved_data["causal"].toStringRef(),
-        ctx->saved_data["deterministic"].toBool(), needs,
-        tile ? OptionalTile(*tile) : std::nullopt);
+        ctx->saved_data["algorithm"].toStringRef(), ctx->saved_data["deterministic"].toBool(),
+        needs, tile ? OptionalTile(*tile) : std::nullopt);
     if (needs[0]) gradients[0] = dq;
     if (needs[1]) gradients[1] = dk;
     if (needs[2]) gradients[2] = dv;
@@ -106,10 +107,11 @@ class AttentionBackwardFunction : public torch::autograd::Function<AttentionBack
                                const Tensor& k, const Tensor& v, const Tensor& out,
                                const Tensor& lse, const std::optional<Tensor>& dlse,
                                std::optional<double> scale, c10::string_view causal,
-                               bool deterministic, std::array<bool, 3> needs, OptionalTile tile) {
+                               c10::string_view algorithm, bool deterministic,
+                               std::array<bool, 3> needs, OptionalTile tile) {
     const at::AutoDispatchBelowADInplaceOrView guard;
     auto [dq, dk, dv] = backward_operator().call(dout, q, k, v, out, lse, dlse, scale, causal,
-                                                 deterministic, needs, tile);
+                                                 algorithm, deterministic, needs, tile);
     return {dq, dk, dv};
   }
 
@@ -123,14 +125,15 @@ class AttentionBackwardFunction : public torch::autograd::Function<AttentionBack
 std::tuple<Tensor, Tensor, Tensor> backward_autograd(
     const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out,
     const Tensor& lse, const std::optional<Tensor>& dlse, std::optional<double> scale,
-    c10::string_view causal, bool deterministic, std::array<bool, 3> needs, OptionalTile tile) {
+    c10::string_view causal, c10::string_view algorithm, bool deterministic,
+    std::array<bool, 3> needs, OptionalTile tile) {
   if (!needs_gradient(dout, q, k, v, out, lse) && !(dlse && needs_gradient(*dlse))) {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    return backward_operator().call(dout, q, k, v, out, lse, dlse, scale, causal, deterministic,
-                                    needs, tile);
+    return backward_operator().call(dout, q, k, v, out, lse, dlse, scale, causal, algorithm,
+                                    deterministic, needs, tile);
   }
   auto results = AttentionBackwardFunction::apply(dout, q, k, v, out, lse, dlse, scale, causal,
-                                                  deterministic, needs, tile);
+                                                  algorithm, deterministic, needs, tile);
   return {results[0], results[1], results[2]};
 }
 

@@ -16,6 +16,7 @@ namespace flash_ext {
 // What `explain` reports about a call.
 struct ForwardPlan {
   Algorithm algorithm = Algorithm::kV2;  // what "auto" stands for
+  Algorithm backward = Algorithm::kV2;   // the same for the gradients, where v1 shares v2's kernels
   KernelPlan kernel;
   int64_t workspace_bytes = 0;
   std::string v3_refusal;  // why v3 cannot run the call; empty if it can
@@ -24,7 +25,7 @@ struct ForwardPlan {
 namespace cpu_backend {
 using Tile = at::OptionalIntArrayRef;  // (block_m, block_n); none = the kernel's own choice
 void forward(Algorithm algorithm, c10::ScalarType dtype, const ForwardParams& params, Tile tile);
-void backward(c10::ScalarType dtype, const BackwardParams& params, Tile tile);
+void backward(Algorithm algorithm, c10::ScalarType dtype, const BackwardParams& params, Tile tile);
 ForwardPlan plan_forward(Algorithm algorithm);
 const char* capability();  // the SIMD level in use
 }  // namespace cpu_backend
@@ -33,7 +34,8 @@ const char* capability();  // the SIMD level in use
 namespace cuda_backend {
 // Allocate scratch and launch on the current stream of `device`.
 void forward(Algorithm algorithm, c10::ScalarType dtype, ForwardParams params, c10::Device device);
-void backward(c10::ScalarType dtype, BackwardParams params, c10::Device device);
+void backward(Algorithm algorithm, c10::ScalarType dtype, BackwardParams params,
+              c10::Device device);
 
 ForwardPlan plan_forward(Algorithm algorithm, c10::ScalarType dtype, const ForwardParams& params,
                          c10::Device device);

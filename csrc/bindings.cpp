@@ -46,6 +46,7 @@ pybind11::dict plan_forward(const std::string& device_name, const std::string& a
                         : cpu_backend::plan_forward(asked);
   pybind11::dict result;
   result["algorithm"] = algorithm_name(plan.algorithm);
+  result["backward"] = algorithm_name(plan.backward);
   result["block_m"] = plan.kernel.block_m;
   result["block_n"] = plan.kernel.block_n;
   result["num_warps"] = plan.kernel.num_warps;

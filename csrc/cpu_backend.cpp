@@ -16,8 +16,8 @@ cpu::TileShape tile_or(Tile tile, cpu::TileShape fallback) {
 constexpr auto kV3Refusal = "needs a GPU of compute capability 9.0, got the CPU";
 
 // What "auto" stands for.
-Algorithm resolve(Algorithm algorithm) {
-  TORCH_CHECK(algorithm != Algorithm::kV3, "flash_ext.forward: algorithm 'v3' ", kV3Refusal);
+Algorithm resolve(const char* op, Algorithm algorithm) {
+  TORCH_CHECK(algorithm != Algorithm::kV3, "flash_ext.", op, ": algorithm 'v3' ", kV3Refusal);
   return algorithm == Algorithm::kAuto ? Algorithm::kV2 : algorithm;
 }
 
@@ -27,12 +27,14 @@ void forward(Algorithm algorithm, c10::ScalarType dtype, const ForwardParams& pa
   const auto shape = tile_or(tile, cpu::default_forward_tile());
   dispatch_dtype(CpuElements{}, dtype, [&](auto element) {
     using Scalar = typename decltype(element)::type;
-    resolve(algorithm) == Algorithm::kV1 ? cpu::forward_v1<Scalar>(params, shape)
-                                         : cpu::forward_v2<Scalar>(params, shape);
+    resolve("forward", algorithm) == Algorithm::kV1 ? cpu::forward_v1<Scalar>(params, shape)
+                                                    : cpu::forward_v2<Scalar>(params, shape);
   });
 }
 
-void backward(c10::ScalarType dtype, const BackwardParams& params, Tile tile) {
+// One backward serves v1 and v2.
+void backward(Algorithm algorithm, c10::ScalarType dtype, const BackwardParams& params, Tile tile) {
+  resolve("backward", algorithm);
   const auto shape = tile_or(tile, cpu::default_backward_tile());
   dispatch_dtype(CpuElements{}, dtype, [&](auto element) {
     cpu::backward<typename decltype(element)::type>(params, shape);
@@ -42,7 +44,7 @@ void backward(c10::ScalarType dtype, const BackwardParams& params, Tile tile) {
 ForwardPlan plan_forward(Algorithm algorithm) {
   const auto tile = cpu::default_forward_tile();
   ForwardPlan plan;
-  plan.algorithm = resolve(algorithm);
+  plan.algorithm = resolve("forward", algorithm);
   plan.kernel.block_m = tile.block_m;
   plan.kernel.block_n = tile.block_n;
   plan.v3_refusal = kV3Refusal;

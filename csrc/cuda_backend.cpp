@@ -8,6 +8,7 @@
 #include "common/cuda_check.h"
 #include "dispatch.h"
 #include "v1/workspace.h"
+#include "v3/backward/workspace.h"
 #include "v3/refusal.h"
 #include "v3/splits.h"
 
@@ -26,11 +27,11 @@ int64_t forward_workspace_floats(Algorithm algorithm, const AttentionShape& shap
   return 0;
 }
 
-std::string v3_refusal_on_current_device(c10::ScalarType dtype, const ForwardParams& params) {
+template <typename Params>
+std::string v3_refusal_on_current_device(c10::ScalarType dtype, const Params& params) {
   const int major = device_attribute(cudaDevAttrComputeCapabilityMajor, params.shape);
   const int minor = device_attribute(cudaDevAttrComputeCapabilityMinor, params.shape);
-  return v3::refusal(params, static_cast<int>(c10::elementSize(dtype)), kHasSm90,
-                     10 * major + minor);
+  return v3::refusal(params, static_cast<int>(c10::elementSize(dtype)), kHasV3, 10 * major + minor);
 }
 
 // One short head of at most 64, with too few keys for v3 to split: v2 splits them between warps. It
@@ -52,6 +53,15 @@ Algorithm resolve(Algorithm algorithm, c10::ScalarType dtype, const ForwardParam
   return algorithm;
 }
 
+// The same for the gradients, where v1 shares v2's kernels.
+Algorithm resolve(Algorithm algorithm, c10::ScalarType dtype, const BackwardParams& params) {
+  if (algorithm != Algorithm::kAuto && algorithm != Algorithm::kV3) return Algorithm::kV2;
+  const auto refusal = v3_refusal_on_current_device(dtype, params);
+  TORCH_CHECK(refusal.empty() || algorithm == Algorithm::kAuto,
+              "flash_ext.backward: algorithm 'v3' ", refusal);
+  return refusal.empty() ? Algorithm::kV3 : Algorithm::kV2;
+}
+
 }  // namespace
 
 void forward(Algorithm algorithm, c10::ScalarType dtype, ForwardParams params, c10::Device device) {
@@ -64,7 +74,7 @@ void forward(Algorithm algorithm, c10::ScalarType dtype, ForwardParams params, c
     params.workspace = workspace.mutable_data_ptr<float>();
   }
   if (algorithm == Algorithm::kV3) {
-    dispatch_instance_v3(dtype, params.shape, [&](auto element, auto head_dim) {
+    dispatch_forward_v3(dtype, params.shape, [&](auto element, auto head_dim) {
       launch_forward_v3<typename decltype(element)::type, head_dim()>(params, stream);
     });
     return;
@@ -76,11 +86,20 @@ void forward(Algorithm algorithm, c10::ScalarType dtype, ForwardParams params, c
   });
 }
 
-void backward(c10::ScalarType dtype, BackwardParams params, c10::Device device) {
+void backward(Algorithm algorithm, c10::ScalarType dtype, BackwardParams params,
+              c10::Device device) {
   const c10::cuda::CUDAGuard device_guard(device);
   const auto stream = c10::cuda::getCurrentCUDAStream(device.index()).stream();
-  const auto workspace = allocate_workspace(backward_workspace_floats(params), device);
+  const bool is_v3 = resolve(algorithm, dtype, params) == Algorithm::kV3;
+  const auto workspace = allocate_workspace(
+      is_v3 ? v3::backward_workspace_floats(params) : backward_workspace_floats(params), device);
   params.workspace = workspace.mutable_data_ptr<float>();
+  if (is_v3) {
+    dispatch_backward_v3(dtype, params.shape, [&](auto element, auto head_dim) {
+      launch_backward_v3<typename decltype(element)::type, head_dim()>(params, stream);
+    });
+    return;
+  }
   dispatch_instance(dtype, params.shape, [&](auto element, auto head_dim) {
     launch_backward<typename decltype(element)::type, head_dim()>(params, stream);
   });
@@ -92,10 +111,13 @@ ForwardPlan plan_forward(Algorithm algorithm, c10::ScalarType dtype, const Forwa
   ForwardPlan plan;
   plan.algorithm = resolve(algorithm, dtype, params);
   plan.v3_refusal = v3_refusal_on_current_device(dtype, params);
+  // out is allocated, and dout copied, as the backward wants them: q, k and v decide here, too.
+  const bool may_be_v3 = algorithm == Algorithm::kAuto || algorithm == Algorithm::kV3;
+  if (may_be_v3 && plan.v3_refusal.empty()) plan.backward = Algorithm::kV3;
   plan.workspace_bytes =
       forward_workspace_floats(plan.algorithm, params.shape) * static_cast<int64_t>(sizeof(float));
   if (plan.algorithm == Algorithm::kV3) {
-    dispatch_instance_v3(dtype, params.shape, [&](auto element, auto head_dim) {
+    dispatch_forward_v3(dtype, params.shape, [&](auto element, auto head_dim) {
       plan.kernel = plan_forward_v3<typename decltype(element)::type, head_dim()>(params);
     });
     return plan;

@@ -18,7 +18,9 @@ void forward(Algorithm, c10::ScalarType, ForwardParams, c10::Device device) {
   raise_cpu_only(device);
 }
 
-void backward(c10::ScalarType, BackwardParams, c10::Device device) { raise_cpu_only(device); }
+void backward(Algorithm, c10::ScalarType, BackwardParams, c10::Device device) {
+  raise_cpu_only(device);
+}
 
 ForwardPlan plan_forward(Algorithm, c10::ScalarType, const ForwardParams&, c10::Device device) {
   raise_cpu_only(device);

@@ -2,7 +2,7 @@
 // instances through two macros, so that table, instances and dispatcher cannot disagree:
 //   FLASH_EXT_HEAD_DIMS  e.g. 64,128,256
 //   FLASH_EXT_ELEMENTS   e.g. __half,__nv_bfloat16,float
-// and FLASH_EXT_SM90_HEAD_DIMS, FLASH_EXT_SM90_ELEMENTS for v3, which a build may be without.
+// and the same of FLASH_EXT_FORWARD_V3 and FLASH_EXT_BACKWARD_V3, which a build may be without.
 #pragma once
 
 #include <c10/core/ScalarType.h>
@@ -55,37 +55,48 @@ void dispatch_head_dim(std::integer_sequence<int, kHeadDims...>, int64_t padded_
               c10::ArrayRef<int>({kHeadDims...}), ")");
 }
 
-#ifdef FLASH_EXT_HEAD_DIMS
-using CudaElements = TypeList<FLASH_EXT_ELEMENTS>;
-using CudaHeadDims = std::integer_sequence<int, FLASH_EXT_HEAD_DIMS>;
-
 // Calls f(TypeTag<Element>, std::integral_constant<int, kHeadDim>) for a CUDA kernel instance.
+template <typename Elements, typename HeadDims, typename Function>
+void dispatch_element_and_head_dim(c10::ScalarType dtype, int64_t padded_head_dim,
+                                   const Function& f) {
+  dispatch_dtype(Elements{}, dtype, [&](auto element) {
+    dispatch_head_dim(HeadDims{}, padded_head_dim, [&](auto head_dim) { f(element, head_dim); });
+  });
+}
+
+#ifdef FLASH_EXT_HEAD_DIMS
 template <typename Function>
 void dispatch_instance(c10::ScalarType dtype, const AttentionShape& shape, const Function& f) {
-  dispatch_dtype(CudaElements{}, dtype, [&](auto element) {
-    dispatch_head_dim(CudaHeadDims{}, shape.padded_head_dim(),
-                      [&](auto head_dim) { f(element, head_dim); });
-  });
+  dispatch_element_and_head_dim<TypeList<FLASH_EXT_ELEMENTS>,
+                                std::integer_sequence<int, FLASH_EXT_HEAD_DIMS>>(
+      dtype, shape.padded_head_dim(), f);
 }
 #endif
 
-#ifdef FLASH_EXT_SM90_HEAD_DIMS
-inline constexpr bool kHasSm90 = true;
+#ifdef FLASH_EXT_FORWARD_V3_HEAD_DIMS
+inline constexpr bool kHasV3 = true;
 
-// The same for v3.
 template <typename Function>
-void dispatch_instance_v3(c10::ScalarType dtype, const AttentionShape& shape, const Function& f) {
-  using HeadDims = std::integer_sequence<int, FLASH_EXT_SM90_HEAD_DIMS>;
-  dispatch_dtype(TypeList<FLASH_EXT_SM90_ELEMENTS>{}, dtype, [&](auto element) {
-    dispatch_head_dim(HeadDims{}, shape.padded_head_dim_v3(),
-                      [&](auto head_dim) { f(element, head_dim); });
-  });
+void dispatch_forward_v3(c10::ScalarType dtype, const AttentionShape& shape, const Function& f) {
+  dispatch_element_and_head_dim<TypeList<FLASH_EXT_FORWARD_V3_ELEMENTS>,
+                                std::integer_sequence<int, FLASH_EXT_FORWARD_V3_HEAD_DIMS>>(
+      dtype, shape.padded_head_dim_v3(), f);
+}
+
+template <typename Function>
+void dispatch_backward_v3(c10::ScalarType dtype, const AttentionShape& shape, const Function& f) {
+  dispatch_element_and_head_dim<TypeList<FLASH_EXT_BACKWARD_V3_ELEMENTS>,
+                                std::integer_sequence<int, FLASH_EXT_BACKWARD_V3_HEAD_DIMS>>(
+      dtype, shape.padded_head_dim(), f);
 }
 #else
-inline constexpr bool kHasSm90 = false;
+inline constexpr bool kHasV3 = false;
 
 template <typename Function>
-void dispatch_instance_v3(c10::ScalarType, const AttentionShape&, const Function&) {}
+void dispatch_forward_v3(c10::ScalarType, const AttentionShape&, const Function&) {}
+
+template <typename Function>
+void dispatch_backward_v3(c10::ScalarType, const AttentionShape&, const Function&) {}
 #endif
 
 }  // namespace flash_ext

@@ -21,12 +21,19 @@ void launch_forward_v1(const ForwardParams& params, CudaStream stream);
 template <typename Element, int kHeadDim>
 void launch_forward_v2(const ForwardParams& params, CudaStream stream);
 
-// sm_90a only, 16-bit elements, and tensors that v3_refusal() accepts.
+template <typename Element, int kHeadDim>
+void launch_backward(const BackwardParams& params, CudaStream stream);
+
+// sm_90a only, 16-bit elements, and calls that v3::refusal() accepts.
 template <typename Element, int kHeadDim>
 void launch_forward_v3(const ForwardParams& params, CudaStream stream);
 
 template <typename Element, int kHeadDim>
-void launch_backward(const BackwardParams& params, CudaStream stream);
+void launch_backward_v3(const BackwardParams& params, CudaStream stream);
+
+// sm_90a only, 16-bit elements, and tensors that v3::refusal() accepts; kHeadDim 64, 128 or 256.
+template <typename Element, int kHeadDim>
+void launch_backward_v3(const BackwardParams& params, CudaStream stream);
 
 // What `explain` reports about a kernel.
 struct KernelPlan {

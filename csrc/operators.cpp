@@ -118,21 +118,35 @@ Gradients empty_gradients(const Tensor& q, const Tensor& k, const Tensor& v,
   return {gradient(q, needs[0]), gradient(k, needs[1]), gradient(v, needs[2])};
 }
 
+// Autograd hands over whatever layout the next operator left behind: sum().backward() gives an
+// expanded scalar. v3, which reads no misaligned rows, must not fail by it either.
+Tensor readable_dout(const Tensor& dout, Algorithm algorithm) {
+  if (dout.stride(3) != 1 && dout.size(3) != 1) return dout.contiguous();
+  const bool may_be_v3 = algorithm == Algorithm::kAuto || algorithm == Algorithm::kV3;
+  const bool is_misaligned = dout.size(3) % 8 == 0 && !input_view(dout).aligned16;
+  const bool is_copied = dout.is_cuda() && may_be_v3 && is_misaligned;
+  return is_copied ? dout.clone(at::MemoryFormat::Contiguous) : dout;
+}
+
 Gradients backward_meta(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
                         const Tensor& out, const Tensor& lse, const std::optional<Tensor>& dlse,
                         std::optional<double> scale, c10::string_view causal,
-                        bool /*deterministic*/, std::array<bool, 3> needs, OptionalTile tile) {
+                        c10::string_view algorithm, bool /*deterministic*/,
+                        std::array<bool, 3> needs, OptionalTile tile) {
   check_backward(dout, q, k, v, out, lse, dlse, scale, tile);
   parse_causal("backward", causal);
+  parse_algorithm("backward", algorithm);
   return empty_gradients(q, k, v, needs);
 }
 
 Gradients backward(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
                    const Tensor& out, const Tensor& lse, const std::optional<Tensor>& dlse,
-                   std::optional<double> scale, c10::string_view causal, bool deterministic,
-                   std::array<bool, 3> needs, OptionalTile tile) {
+                   std::optional<double> scale, c10::string_view causal,
+                   c10::string_view algorithm_name, bool deterministic, std::array<bool, 3> needs,
+                   OptionalTile tile) {
   check_backward(dout, q, k, v, out, lse, dlse, scale, tile);
   const auto causal_mode = parse_causal("backward", causal);
+  const auto algorithm = parse_algorithm("backward", algorithm_name);
   const auto gradients = empty_gradients(q, k, v, needs);
   const auto& [dq, dk, dv] = gradients;
 
@@ -144,9 +158,7 @@ Gradients backward(const Tensor& dout, const Tensor& q, const Tensor& k, const T
   }
   if (!needs[0] && !needs[1] && !needs[2]) return gradients;
 
-  // Autograd hands over whatever layout the next operator left behind: sum().backward() gives an
-  // expanded scalar.
-  const auto dout_rows = dout.stride(3) == 1 || dout.size(3) == 1 ? dout : dout.contiguous();
+  const auto dout_rows = readable_dout(dout, algorithm);
   const auto lse_dense = lse.contiguous();
   const auto dlse_dense = dlse ? dlse->contiguous() : Tensor();
 
@@ -164,9 +176,9 @@ Gradients backward(const Tensor& dout, const Tensor& q, const Tensor& k, const T
   if (dlse) params.dlse = dlse_dense.const_data_ptr();
   params.deterministic = deterministic || at::globalContext().deterministicAlgorithms();
   if (q.is_cuda()) {
-    cuda_backend::backward(q.scalar_type(), params, q.device());
+    cuda_backend::backward(algorithm, q.scalar_type(), params, q.device());
   } else {
-    cpu_backend::backward(q.scalar_type(), params, tile);
+    cpu_backend::backward(algorithm, q.scalar_type(), params, tile);
   }
   return gradients;
 }
@@ -180,8 +192,8 @@ TORCH_LIBRARY(flash_ext, m) {
       "-> (Tensor out, Tensor lse)");
   m.def(
       "backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-      "Tensor? dlse=None, float? scale=None, str causal=\"none\", bool deterministic=False, "
-      "bool[3] needs=[True, True, True], int[2]? tile=None) "
+      "Tensor? dlse=None, float? scale=None, str causal=\"none\", str algorithm=\"auto\", "
+      "bool deterministic=False, bool[3] needs=[True, True, True], int[2]? tile=None) "
       "-> (Tensor dq, Tensor dk, Tensor dv)");
 }
 

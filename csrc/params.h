@@ -28,7 +28,7 @@ struct AttentionShape {
 
   int64_t group_size() const { return heads_q / heads_kv; }
 
-  // The kHeadDim of the CUDA kernels that serve this head_dim: of those on mma.sync, and of v3.
+  // The kHeadDim of the CUDA kernels that serve this head_dim. The v3 forward's are finer.
   int64_t padded_head_dim() const { return head_dim <= 64 ? 64 : (head_dim <= 128 ? 128 : 256); }
   int64_t padded_head_dim_v3() const {
     if (head_dim <= 64 || (head_dim > 96 && head_dim <= 128)) return padded_head_dim();
@@ -56,7 +56,7 @@ struct BackwardParams {
   const void* lse = nullptr;   // (batch, heads_q, seqlen_q) dense
   const void* dlse = nullptr;  // like lse, or nullptr for zero
   bool deterministic = false;
-  // Scratch of the CUDA kernels, see backward_workspace_floats().
+  // Scratch of the CUDA kernels, see the two functions backward_workspace_floats().
   float* workspace = nullptr;
 };
 

@@ -1,4 +1,4 @@
-"""Which kernel a call would run, and what it would cost."""
+"""Which kernels a call would run, and what it would cost."""
 
 from dataclasses import dataclass
 
@@ -15,6 +15,7 @@ class Explanation:
 
     device: str
     algorithm: str
+    backward: str  # whose kernels compute its gradients: "v2" (which v1 shares) or "v3"
     reasons: tuple[str, ...]
     block_m: int  # query rows of a tile
     block_n: int  # keys of a tile
@@ -29,6 +30,7 @@ class Explanation:
         lines = [
             f"{self.algorithm} forward kernel on {self.device}",
             *(f"  why            {reason}" for reason in self.reasons),
+            f"  gradients      {self.backward} backward kernels",
             f"  tile           {self.block_m} query rows x {self.block_n} keys",
         ]
         if self.num_warps:

@@ -42,7 +42,8 @@ def flash_attention(
         scale: factor on q @ k.T, any finite number; default 1 / sqrt(head_dim).
         return_lse: also return the natural logarithm of each row's softmax denominator.
         algorithm: "v1" (FlashAttention), "v2" (FlashAttention-2), "v3" (FlashAttention-3, Hopper GPUs
-            only), or "auto": the fastest that can run the call; see `explain`.
+            only), or "auto": the fastest that can run the call; see `explain`. It holds for the
+            gradients too, for which v1 and v2 share their kernels.
         deterministic: True: the gradient of q is the same to the bit in every run (everything else
             always is). None: as `torch.are_deterministic_algorithms_enabled()` says when the gradient
             is computed; False cannot overrule that setting.

@@ -8,6 +8,7 @@ import flash_ext
 
 CPU_ALGORITHMS = ("v1", "v2")
 ALGORITHMS = (*CPU_ALGORITHMS, "v3")
+BACKWARD_ALGORITHMS = ("v2", "v3")  # v1's gradients come from v2's kernels
 
 
 def serves(algorithm=None, device="cuda", dtype=torch.bfloat16, head_dim=64, layout="contiguous", **_):
@@ -23,7 +24,7 @@ def missing_for(algorithm):
         return None
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         return "an NVIDIA GPU of compute capability 9.0"
-    return None if "forward_v3" in flash_ext.build_info()["kernels"] else "a build for sm_90a"
+    return None if "backward_v3" in flash_ext.build_info()["kernels"] else "a build for sm_90a"
 
 
 def fastest(**inputs):
@@ -42,7 +43,7 @@ def forward(q, k, v, *, causal="none", scale=None, algorithm="auto", determinist
 
 
 def backward(dout, q, k, v, out, lse, *, needs=(True, True, True), tile=None, **options):
-    """(dq, dk, dv) from the operator itself."""
+    """(dq, dk, dv) from the operator itself; `options` are its other arguments."""
     tile = tile or default_tile(q)
     return torch.ops.flash_ext.backward(dout, q, k, v, out, lse, needs=list(needs), tile=tile, **options)
 
@@ -50,7 +51,7 @@ def backward(dout, q, k, v, out, lse, *, needs=(True, True, True), tile=None, **
 def forward_backward(q, k, v, dout, *, dlse=None, algorithm="auto", **options):
     """(out, lse, dq, dk, dv) of one forward and one backward operator."""
     out, lse = forward(q, k, v, algorithm=algorithm, **options)
-    return out, lse, *backward(dout, q, k, v, out, lse, dlse=dlse, **options)
+    return out, lse, *backward(dout, q, k, v, out, lse, dlse=dlse, algorithm=algorithm, **options)
 
 
 def bits(tensor):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.autograd.forward_ad as forward_ad
-from calls import ALGORITHMS, assert_same_bits, backward, forward, forward_backward
+from calls import ALGORITHMS, BACKWARD_ALGORITHMS, assert_same_bits, backward, forward, forward_backward
 from inputs import BIASED_FAMILIES, TIGHT_FAMILIES, Shape, make_qkv_dout
 from matrix import (
     CAUSAL_MODES,
@@ -46,9 +46,10 @@ def check(q, k, v, dout, *, dlse=None, algorithm="auto", deterministic=False, ti
 @pytest.mark.parametrize("causal", CAUSAL_MODES)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-def test_head_dim(device, dtype, head_dim, causal):
+@pytest.mark.parametrize("algorithm", BACKWARD_ALGORITHMS)
+def test_head_dim(device, algorithm, dtype, head_dim, causal):
     shape = Shape(2, 2, 2, length((2, 5), device), length((3, 3), device), head_dim)
-    check(*make_qkv_dout(shape, dtype, device), causal=causal)
+    check(*make_qkv_dout(shape, dtype, device), causal=causal, algorithm=algorithm)
 
 
 @pytest.mark.parametrize("causal", CAUSAL_MODES)
@@ -60,36 +61,42 @@ def test_fp64(head_dim, causal):
 @pytest.mark.parametrize("causal", CAUSAL_MODES)
 @pytest.mark.parametrize("k_edge", EDGES, ids=lambda e: "k" + edge_name(e))
 @pytest.mark.parametrize("q_edge", EDGES, ids=lambda e: "q" + edge_name(e))
-def test_lengths_around_tile_edges(device, q_edge, k_edge, causal):
+@pytest.mark.parametrize("algorithm", BACKWARD_ALGORITHMS)
+def test_lengths_around_tile_edges(device, algorithm, q_edge, k_edge, causal):
     shape = Shape(1, 2, 1, length(q_edge, device), length(k_edge, device), 32)
-    check(*make_qkv_dout(shape, torch.bfloat16, device), causal=causal)
+    check(*make_qkv_dout(shape, torch.bfloat16, device), causal=causal, algorithm=algorithm)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-def test_every_length_modulo_a_tile(device, dtype, head_dim):
+@pytest.mark.parametrize("algorithm", BACKWARD_ALGORITHMS)
+def test_every_length_modulo_a_tile(device, algorithm, dtype, head_dim):
     edge = tile_edge(device)
     step = 1 if device == "cpu" else 3
     for seqlen in range(edge + 1, 2 * edge + 1, step):
-        check(*make_qkv_dout(Shape(1, 1, 1, seqlen, seqlen, head_dim), dtype, device), causal="bottom_right")
+        tensors = make_qkv_dout(Shape(1, 1, 1, seqlen, seqlen, head_dim), dtype, device)
+        check(*tensors, causal="bottom_right", algorithm=algorithm)
 
 
 @pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])
 @pytest.mark.parametrize("causal", ["none", "bottom_right"])
 @pytest.mark.parametrize("heads", HEAD_GROUPS, ids=heads_name)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=dtype_name)
-def test_grouped_heads(device, dtype, heads, causal, deterministic):
+@pytest.mark.parametrize("algorithm", BACKWARD_ALGORITHMS)
+def test_grouped_heads(device, algorithm, dtype, heads, causal, deterministic):
     """F60: dK and dV are sums over the query heads of their group."""
     shape = Shape(3, *heads, length((1, 3), device), length((2, -3), device), 24)
-    check(*make_qkv_dout(shape, dtype, device), causal=causal, deterministic=deterministic)
+    tensors = make_qkv_dout(shape, dtype, device)
+    check(*tensors, causal=causal, algorithm=algorithm, deterministic=deterministic)
 
 
 @pytest.mark.parametrize("causal", ["none", "bottom_right"])
 @pytest.mark.parametrize("family", TIGHT_FAMILIES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-def test_data(device, dtype, family, causal):
+@pytest.mark.parametrize("algorithm", BACKWARD_ALGORITHMS)
+def test_data(device, algorithm, dtype, family, causal):
     shape = Shape(2, 2, 1, length((3, 7), device), length((4, 1), device), 64)
-    check(*make_qkv_dout(shape, dtype, device, family), causal=causal)
+    check(*make_qkv_dout(shape, dtype, device, family), causal=causal, algorithm=algorithm)
 
 
 @pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])
@@ -97,13 +104,16 @@ def test_data(device, dtype, family, causal):
 @pytest.mark.parametrize("with_dlse", [False, True], ids=["", "dlse"])
 @pytest.mark.parametrize("family", BIASED_FAMILIES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-def test_biased_keys(device, dtype, family, with_dlse, causal, deterministic):
+@pytest.mark.parametrize("algorithm", BACKWARD_ALGORITHMS)
+def test_biased_keys(device, algorithm, dtype, family, with_dlse, causal, deterministic):
     """dQ stays right when keys have a large mean, where rounding dS alone makes it 9% to 340% wrong."""
     seqlen = length((5, 3), device)
     q, k, v, dout = make_qkv_dout(Shape(1, 2, 2, seqlen, seqlen, 64), dtype, device, family)
     dlse = torch.randn(1, 2, seqlen, device=device) if with_dlse else None
     options = {"dlse": dlse, "causal": causal}
-    _, _, *gradients = forward_backward(q, k, v, dout, deterministic=deterministic, **options)
+    _, _, *gradients = forward_backward(
+        q, k, v, dout, algorithm=algorithm, deterministic=deterministic, **options
+    )
     check_gradients(gradients, q, k, v, dout, **options)
     _, _, dq, _, _ = reference_gradients(q, k, v, dout, **options)
     limit = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-4}[dtype]
@@ -112,13 +122,14 @@ def test_biased_keys(device, dtype, family, with_dlse, causal, deterministic):
 
 @pytest.mark.parametrize("causal", CAUSAL_MODES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-def test_shifting_all_keys_leaves_dq(device, dtype, causal):
+@pytest.mark.parametrize("algorithm", BACKWARD_ALGORITHMS)
+def test_shifting_all_keys_leaves_dq(device, algorithm, dtype, causal):
     """Adding one vector to every key changes neither the softmax nor dQ."""
     seqlen = length((4, 1), device)
     q, k, v, dout = make_qkv_dout(Shape(1, 2, 2, seqlen, seqlen, 32), dtype, device, "small_ints")
     q = torch.sign(q)
-    dq = forward_backward(q, k, v, dout, causal=causal)[2]
-    shifted = forward_backward(q, k + 8, v, dout, causal=causal)[2]
+    dq = forward_backward(q, k, v, dout, causal=causal, algorithm=algorithm)[2]
+    shifted = forward_backward(q, k + 8, v, dout, causal=causal, algorithm=algorithm)[2]
     # The CUDA kernels round L, about 65 in units of log2 here, to fp32: 32 eps of every weight.
     allowed = 40 if device == "cuda" and dtype == torch.float32 else 8
     assert relative_error(shifted, dq.double()) <= allowed * torch.finfo(dtype).eps
@@ -126,19 +137,21 @@ def test_shifting_all_keys_leaves_dq(device, dtype, causal):
 
 @pytest.mark.parametrize("scale", [0.0, -0.125, 1e-6, 0.5])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-def test_scale(device, dtype, scale):
+@pytest.mark.parametrize("algorithm", BACKWARD_ALGORITHMS)
+def test_scale(device, algorithm, dtype, scale):
     shape = Shape(1, 2, 2, length((1, 9), device), length((2, 9), device), 32)
-    check(*make_qkv_dout(shape, dtype, device), causal="bottom_right", scale=scale)
+    check(*make_qkv_dout(shape, dtype, device), causal="bottom_right", scale=scale, algorithm=algorithm)
 
 
 @pytest.mark.parametrize("causal", ["none", "bottom_right"])
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("family", ["randn", "outliers"])
 @pytest.mark.parametrize("dtype", HALF_DTYPES, ids=dtype_name)
-def test_tight_gate(device, dtype, family, head_dim, causal):
+@pytest.mark.parametrize("algorithm", BACKWARD_ALGORITHMS)
+def test_tight_gate(device, algorithm, dtype, family, head_dim, causal):
     """Near the rounding floor and well below the naive formula's error."""
     q, k, v, dout = make_qkv_dout(Shape(1, 2, 2, 192, 192, head_dim), dtype, device, family)
-    gradients = forward_backward(q, k, v, dout, causal=causal)[2:]
+    gradients = forward_backward(q, k, v, dout, causal=causal, algorithm=algorithm)[2:]
     exact = reference_gradients(q, k, v, dout, causal=causal)[2:]
     naive = naive_gradients(q, k, v, dout, causal=causal)
     for name, *results in zip(("dq", "dk", "dv"), gradients, exact, naive, strict=True):
@@ -157,24 +170,26 @@ def test_tile_shapes(causal, tile):
 
 @pytest.mark.parametrize("causal", CAUSAL_MODES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-def test_gradient_of_lse(device, dtype, causal):
+@pytest.mark.parametrize("algorithm", BACKWARD_ALGORITHMS)
+def test_gradient_of_lse(device, algorithm, dtype, causal):
     """F49: the gradient of the LSE alone, and beside that of out."""
     seqlen_q, seqlen_k = length((2, 3), device), length((1, 5), device)
     q, k, v, dout = make_qkv_dout(Shape(2, 4, 2, seqlen_q, seqlen_k, 40), dtype, device)
     dlse = torch.randn(2, 4, seqlen_q, device=device)
-    check(q, k, v, dout, dlse=dlse, causal=causal)
-    check(q, k, v, torch.zeros_like(dout), dlse=dlse, causal=causal)
+    check(q, k, v, dout, dlse=dlse, causal=causal, algorithm=algorithm)
+    check(q, k, v, torch.zeros_like(dout), dlse=dlse, causal=causal, algorithm=algorithm)
 
 
 @pytest.mark.parametrize("needs", NEEDS, ids=needs_name)
 @pytest.mark.parametrize("heads", [(2, 2), (4, 1)], ids=heads_name)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-def test_subsets_of_gradients(device, dtype, heads, needs):
+@pytest.mark.parametrize("algorithm", BACKWARD_ALGORITHMS)
+def test_subsets_of_gradients(device, algorithm, dtype, heads, needs):
     """F48: each gradient is the same whatever else is asked for; what is not asked for is empty."""
     shape = Shape(2, *heads, length((2, 3), device), length((1, 5), device), 40)
     q, k, v, dout = make_qkv_dout(shape, dtype, device)
-    options = {"causal": "bottom_right", "deterministic": True}
-    out, lse = forward(q, k, v, causal="bottom_right")
+    options = {"causal": "bottom_right", "algorithm": algorithm, "deterministic": True}
+    out, lse = forward(q, k, v, **options)
     everything = backward(dout, q, k, v, out, lse, **options)
     some = backward(dout, q, k, v, out, lse, needs=needs, **options)
     for need, gradient, expected in zip(needs, some, everything, strict=True):
@@ -202,6 +217,7 @@ def test_autograd_is_the_operator(device, algorithm, through, needs):
         *(q, k, v, out.detach(), lse.detach()),
         dlse=None if through == "out" else dlse,
         causal="bottom_right",
+        algorithm=algorithm,
         deterministic=True,
     )
     expected = [x for x, need in zip(expected, needs, strict=True) if need]

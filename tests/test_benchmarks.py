@@ -4,6 +4,7 @@
 
 import argparse
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -14,7 +15,7 @@ for package in ("rich", "matplotlib"):
 
 from benchmarks import baselines, bench_attention, claims, io_model, readme_tables, record, tables
 from benchmarks.baselines import BASELINES, GRADIENT_CHECK_SEQLEN, check_forward
-from benchmarks.cases import AttentionCase, attention_flops
+from benchmarks.cases import PASSES, AttentionCase, attention_flops
 from benchmarks.comparison import compare
 from benchmarks.gpu_check import read_junit, repeated_cases
 from benchmarks.hbm_traffic import parse_counters, split_calls
@@ -131,9 +132,10 @@ def test_v3_is_for_hopper(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 0))
     assert BASELINES["flash_ext_v3"].refusal(case, "forward", device) == "needs compute capability 9.0"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    assert BASELINES["flash_ext_v3"].refusal(case, "forward", device) is None
+    for pass_name in PASSES:
+        assert BASELINES["flash_ext_v3"].refusal(case, pass_name, device) is None
     assert "fp32" not in BASELINES["flash_ext_v3"].dtypes
-    assert BASELINES["flash_ext_v3"].refusal(case, "backward", device) == "shares the backward of flash_ext_v2"
+    assert BASELINES["flash_ext_v1"].refusal(case, "backward", device) == "shares the backward of flash_ext_v2"
 
 
 def test_repeated_cases():
@@ -148,9 +150,9 @@ def recorded_grid(folder, speeds):
         head_dim=bench_attention.HEAD_DIMS, seqlen=bench_attention.SEQLENS,
     )  # fmt: skip
     timed, failed = [], []
-    for case in bench_attention.grid_cases(options):
+    for case, pass_name in itertools.product(bench_attention.grid_cases(options), PASSES):
         for name, speed in speeds.items():
-            row = {"pass": "forward", **case.record(), "impl": name}
+            row = {"pass": pass_name, **case.record(), "impl": name}
             if speed is None:
                 failed.append(row | {"error": "too slow"})
             else:
@@ -160,28 +162,59 @@ def recorded_grid(folder, speeds):
     record.write_results("attention", CPU, payload, folder)
 
 
-def claims_on_v3(folder):
+def claims_on_v3(folder, pass_name):
     """Those that follow from the grid."""
-    rows = [row for row in claims.claims(folder) if row["row"].startswith("v3 forward")]
+    rows = [row for row in claims.claims(folder) if row["row"].startswith(f"v3 {pass_name}")]
     return [row for row in rows if row["command"].endswith("bench_attention")]
 
 
-def test_claims_on_v3(tmp_path):
-    assert {row["measured"] for row in claims_on_v3(tmp_path)} == {None}
+@pytest.mark.parametrize("pass_name", PASSES)
+def test_claims_on_v3(tmp_path, pass_name):
+    assert {row["measured"] for row in claims_on_v3(tmp_path, pass_name)} == {None}
     recorded_grid(tmp_path, {"sdpa_cudnn": 1.0, "flash_ext_v3": 1.1})
-    peers = [row["best_over_cudnn"] for row in claims.PEERS["forward"]]
-    measured = [float(row["measured"]) for row in claims_on_v3(tmp_path)]
+    peers = [row["best_over_cudnn"] for row in claims.PEERS[pass_name]]
+    measured = [float(row["measured"]) for row in claims_on_v3(tmp_path, pass_name)]
     mean = math.exp(sum(math.log(1.1 / peer) for peer in peers) / len(peers))
-    expected = [1.1, 1.1, mean, 1.1 / max(peers), sum(peer <= 1.1 for peer in peers)]
+    expected = [1.1, mean, 1.1 / max(peers), sum(peer <= 1.1 for peer in peers)]
+    if pass_name == "forward":
+        expected = [1.1, *expected]  # at 512 and 1k
     assert measured == pytest.approx(expected, abs=0.006)
     recorded_grid(tmp_path, {"sdpa_cudnn": 1.0})
-    assert {row["measured"] for row in claims_on_v3(tmp_path)} == {None}
+    assert {row["measured"] for row in claims_on_v3(tmp_path, pass_name)} == {None}
+
+
+def recorded_layers(folder, speeds, gpu="NVIDIA H200"):
+    """A small_shapes.json of one layer of a model, without and with grouped queries; `speeds` as recorded_grid's."""
+    rows = [
+        {"pass": pass_name, **case.record(), "impl": name, "ms": 1 / speed, "tflops": 100 * speed}
+        for case in (AttentionCase(4, 32, 4096, 128, "bf16", True, heads_kv) for heads_kv in (None, 8))
+        for pass_name in PASSES
+        for name, speed in speeds.items()
+    ]
+    record.write_results("small_shapes", CPU, {"gpu": gpu, "rows": rows}, folder)
+
+
+def claims_on_steps(folder):
+    return [row["measured"] for row in claims.claims(folder) if row["row"].startswith("v3 forward and backward")]
+
+
+def test_claims_on_one_training_step(tmp_path):
+    assert claims_on_steps(tmp_path) == [None, None]
+    recorded_layers(tmp_path, {"sdpa_cudnn": 1.0, "flash_ext_v3": 1.5})
+    cell = {"head_dim": 128, "causal": True, "seqlen": 4096}
+    peers = [row for p in PASSES for row in claims.PEERS[p] if cell.items() <= row.items()]
+    expected = 1.5 * sum(1 / row["best_over_cudnn"] for row in peers) / 2
+    assert list(map(float, claims_on_steps(tmp_path))) == pytest.approx([expected] * 2, abs=0.006)
+    recorded_layers(tmp_path, {"sdpa_cudnn": 1.0, "flash_ext_v3": 1.5}, gpu="another")
+    assert claims_on_steps(tmp_path) == [None, None]
 
 
 def test_peers_cover_the_grid_and_say_what_they_are():
     wanted = {(d, causal, n) for d in (64, 128, 256) for causal in (False, True) for n in bench_attention.SEQLENS}
-    assert {(row["head_dim"], row["causal"], row["seqlen"]) for row in claims.PEERS["forward"]} == wanted
-    assert all(row["best_over_cudnn"] >= 1 for row in claims.PEERS["forward"])
+    for pass_name in PASSES:
+        peers = claims.PEERS[pass_name]
+        assert {(row["head_dim"], row["causal"], row["seqlen"]) for row in peers} == wanted
+        assert all(row["best_over_cudnn"] >= 1 for row in peers)
     for name in ("FlashAttention-3", "FlashAttention-4", "measured separately, by us"):
         assert name in claims.PEERS["what"]
 

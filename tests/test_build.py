@@ -170,13 +170,15 @@ def test_developer_selection():
 
 def test_kernels_for_sm_90a():
     selection = select(["sm_80", "sm_90a"], HEAD_DIMS="128,64", DTYPES="bf16,fp32")
-    assert selection.kernels() == [*instances.KERNELS, "forward_v3"]
+    assert selection.kernels() == [*instances.KERNELS, "backward_v3", "forward_v3"]
     macros = dict(selection.macros())
     assert macros["FLASH_EXT_ELEMENTS"] == "float,__nv_bfloat16"
-    assert macros["FLASH_EXT_SM90_ELEMENTS"] == "__nv_bfloat16"
-    assert macros["FLASH_EXT_SM90_HEAD_DIMS"] == "64,96,128"
-    names = [name for name in selection.sources() if name.startswith("forward_v3")]
-    assert names == [f"forward_v3_bf16_hdim{head_dim}.cu" for head_dim in (128, 96, 64)]
+    assert macros["FLASH_EXT_FORWARD_V3_ELEMENTS"] == macros["FLASH_EXT_BACKWARD_V3_ELEMENTS"] == "__nv_bfloat16"
+    assert macros["FLASH_EXT_FORWARD_V3_HEAD_DIMS"] == "64,96,128"
+    assert macros["FLASH_EXT_BACKWARD_V3_HEAD_DIMS"] == "64,128"
+    names = [name for name in selection.sources() if "_v3" in name]
+    expected = [("backward", 128), ("backward", 64), ("forward", 128), ("forward", 96), ("forward", 64)]
+    assert names == [f"{direction}_v3_bf16_hdim{head_dim}.cu" for direction, head_dim in expected]
 
 
 @pytest.mark.parametrize(
@@ -185,15 +187,15 @@ def test_kernels_for_sm_90a():
     ids=["sm_80", "sm_86", "sm_100a", "fp32 alone"],
 )
 def test_builds_without_v3(selection):
-    assert "forward_v3" not in selection.kernels()
-    assert not any("SM90" in name for name, _ in selection.macros())
+    assert not any("v3" in kernel for kernel in selection.kernels())
+    assert not any("V3" in name for name, _ in selection.macros())
     assert not any("v3" in name for name in selection.sources())
 
 
 @pytest.mark.parametrize("codes", [["sm_80"], ["sm_90a"]], ids="".join)
 def test_instances_name_headers_that_exist(codes):
     sources = select(codes).sources()
-    assert len(sources) == 3 * 3 * 3 + (1 * 2 * 5 if codes == ["sm_90a"] else 0)
+    assert len(sources) == 3 * 3 * 3 + (2 * 5 + 2 * 3 if codes == ["sm_90a"] else 0)
     for text in sources.values():
         assert (ROOT / "csrc" / text.split('"')[1]).exists()
 
@@ -274,7 +276,7 @@ def test_this_build_is_recorded():
     info = extension.build_info()
     assert info["torch_version"].split("+")[0] == torch.__version__.split("+")[0]
     has_v3 = "sm_90a" in info["architectures"] and {"fp16", "bf16"} & set(info["dtypes"])
-    assert ("forward_v3" in info["kernels"]) == bool(has_v3)
+    assert ("forward_v3" in info["kernels"]) == ("backward_v3" in info["kernels"]) == bool(has_v3)
     json.dumps(info)
 
 

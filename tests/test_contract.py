@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from calls import ALGORITHMS, CPU_ALGORITHMS, forward, forward_backward
+from calls import ALGORITHMS, BACKWARD_ALGORITHMS, CPU_ALGORITHMS, forward, forward_backward
 from inputs import Shape, make_qkv, make_qkv_dout
 from matrix import CAUSAL_MODES, DTYPES, HALF_DTYPES, dtype_name, length, tile_edge
 from numerics import check_forward, check_gradients
@@ -105,21 +105,24 @@ def constant_logits(shape, dtype, device, logit):
 
 @pytest.mark.parametrize("level", [-300.0, -100.0, -88.0, 88.0, 100.0, 300.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-def test_F12_padded_keys_in_the_backward(device, dtype, level):
+@pytest.mark.parametrize("algorithm", BACKWARD_ALGORITHMS)
+def test_F12_padded_keys_in_the_backward(device, algorithm, dtype, level):
     """A key past the end scored 0 instead of -inf is exp(0 - lse) = inf once lse < -88, at every length."""
     edge = tile_edge(device)
     for seqlen in range(edge + 1, 2 * edge, 1 if device == "cpu" else 7):
         q, k, v, dout = constant_logits(Shape(1, 2, 1, seqlen, seqlen, 16), dtype, device, level)
         q, k, v, dout = q.contiguous(), k.contiguous(), v, dout
-        check(q, k, v, dout, scale=1.0, causal="bottom_right")
+        check(q, k, v, dout, scale=1.0, causal="bottom_right", algorithm=algorithm)
 
 
 @pytest.mark.parametrize("causal", CAUSAL_MODES)
 @pytest.mark.parametrize("level", [-300.0, -100.0, 0.0, 100.0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-def test_F12_one_query(device, dtype, level, causal):
+@pytest.mark.parametrize("algorithm", BACKWARD_ALGORITHMS)
+def test_F12_one_query(device, algorithm, dtype, level, causal):
     for seqlen_k in (1, 3, tile_edge(device) + 3):
-        check(*constant_logits(Shape(1, 2, 1, 1, seqlen_k, 16), dtype, device, level), scale=1.0, causal=causal)
+        tensors = constant_logits(Shape(1, 2, 1, 1, seqlen_k, 16), dtype, device, level)
+        check(*tensors, scale=1.0, causal=causal, algorithm=algorithm)
 
 
 @pytest.mark.parametrize("level", [-1e5, -5e4 - 1000, 1e5])
@@ -182,9 +185,10 @@ def test_F30_any_finite_scale(device, algorithm, dtype, causal, scale):
 @pytest.mark.parametrize("scale", [0.0, -1.0, 1e4, -1e4])
 @pytest.mark.parametrize("causal", CAUSAL_MODES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-def test_F30_gradients_at_any_finite_scale(device, dtype, causal, scale):
+@pytest.mark.parametrize("algorithm", BACKWARD_ALGORITHMS)
+def test_F30_gradients_at_any_finite_scale(device, algorithm, dtype, causal, scale):
     q, k, v, dout = make_qkv_dout(Shape(1, 2, 2, 40, 50, 16), dtype, device, "small_ints")
-    check(q, k, v, dout / 64, scale=scale, causal=causal)
+    check(q, k, v, dout / 64, scale=scale, causal=causal, algorithm=algorithm)
 
 
 # ---- extreme values ------------------------------------------------------------------------------
@@ -205,7 +209,8 @@ def test_huge_values(device, dtype, largest, algorithm, causal):
 
 @pytest.mark.parametrize("tensor", ["q", "k", "v", "dout"])
 @pytest.mark.parametrize("dtype", HALF_DTYPES, ids=dtype_name)
-def test_denormals(device, dtype, tensor):
+@pytest.mark.parametrize("algorithm", BACKWARD_ALGORITHMS)
+def test_denormals(device, algorithm, dtype, tensor):
     """Inputs below the smallest normal number are not flushed to zero."""
     inputs = dict(zip(("q", "k", "v", "dout"), make_qkv_dout(Shape(1, 2, 2, 40, 50, 32), dtype, device)))
     smallest = torch.finfo(dtype).smallest_normal
@@ -213,7 +218,7 @@ def test_denormals(device, dtype, tensor):
     # In bf16 the products would leave fp32's range too: make up for it with the scale.
     scale = (0.05 / smallest if tensor in "qk" else None) if dtype == torch.float16 else None
     # Additions to global memory, the default way to sum dQ on a GPU, flush what is subnormal in fp32.
-    check(*inputs.values(), scale=scale, deterministic=device == "cuda")
+    check(*inputs.values(), scale=scale, algorithm=algorithm, deterministic=device == "cuda")
 
 
 @pytest.mark.parametrize("tensor", ["q", "k", "v"])

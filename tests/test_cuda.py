@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from calls import ALGORITHMS, assert_same_bits, backward, forward, forward_backward
+from calls import ALGORITHMS, BACKWARD_ALGORITHMS, assert_same_bits, backward, forward, forward_backward
 from inputs import Shape, make_qkv, make_qkv_dout
 from matrix import DTYPES, dtype_name
 from numerics import check_forward, check_gradients, reference_gradients, relative_error
@@ -174,13 +174,15 @@ def test_forward_takes_what_explain_says(algorithm, seqlen):
 
 @pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-def test_F58_backward_memory_is_linear(dtype, deterministic):
+@pytest.mark.parametrize("algorithm", BACKWARD_ALGORITHMS)
+def test_F58_backward_memory_is_linear(algorithm, dtype, deterministic):
     """Four times the length takes four times the memory, and nothing like a matrix of scores."""
 
     def measure(seqlen):
         q, k, v, dout = make_qkv_dout(Shape(1, 2, 2, seqlen, seqlen, 64), dtype, "cuda")
-        out, lse = forward(q, k, v)
-        return extra_memory(lambda: backward(dout, q, k, v, out, lse, deterministic=deterministic))
+        out, lse = forward(q, k, v, algorithm=algorithm)
+        options = {"algorithm": algorithm, "deterministic": deterministic}
+        return extra_memory(lambda: backward(dout, q, k, v, out, lse, **options))
 
     short, long = measure(8192), measure(32768)
     assert long <= 4.1 * short
@@ -276,11 +278,12 @@ def test_F01_lse_beyond_2_31_elements():
 
 
 @pytest.mark.gpu_memory(30)
-def test_F04_large_batch_with_accumulated_dq():
+@pytest.mark.parametrize("algorithm", BACKWARD_ALGORITHMS)
+def test_F04_large_batch_with_accumulated_dq(algorithm):
     """As test_repeatability's, but not deterministic: dQ is summed in device memory."""
     one = make_qkv_dout(Shape(1, 2, 1, 3, 2, 8), BF16, "cuda")
     q, k, v, dout = (x.expand(70001, -1, -1, -1) for x in one)
-    gradients = forward_backward(q, k, v, dout, causal="bottom_right")[2:]
+    gradients = forward_backward(q, k, v, dout, causal="bottom_right", algorithm=algorithm)[2:]
     exact = reference_gradients(*one, causal="bottom_right")[2:]
     for name, actual, expected in zip(("dq", "dk", "dv"), gradients, exact, strict=True):
         error = (actual.double() - expected).abs().amax(0)
@@ -288,11 +291,12 @@ def test_F04_large_batch_with_accumulated_dq():
 
 
 @pytest.mark.gpu_memory(20)
-def test_a_million_tokens():
+@pytest.mark.parametrize("algorithm", BACKWARD_ALGORITHMS)
+def test_a_million_tokens(algorithm):
     """Causal, sampled: rows of out and dq, and of dk and dv by their columns of the score matrix."""
     seqlen = 1 << 20
     q, k, v, dout = make_qkv_dout(Shape(1, 1, 1, seqlen, seqlen, 64), BF16, "cuda")
-    out, lse, dq, dk, dv = forward_backward(q, k, v, dout, causal="bottom_right")
+    out, lse, dq, dk, dv = forward_backward(q, k, v, dout, causal="bottom_right", algorithm=algorithm)
     assert torch.equal(out[0, 0, 0], v[0, 0, 0])
     rows = (63, 64, 12345, 524287, 524288, seqlen - 65, seqlen - 1)
     check_sampled_rows(q, k, v, out, dout, dq, rows, "bottom_right")

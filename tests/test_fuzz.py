@@ -126,7 +126,8 @@ def run(case, device, seed):
         masking = {"causal": case.causal, "scale": case.scale}
         out, lse = forward(q, k, v, algorithm=case.algorithm, tile=case.tile, **masking)
         dlse = torch.randn_like(lse) if case.with_dlse else None
-        options = {"deterministic": case.deterministic, "needs": case.needs, "tile": case.tile}
+        options = {"algorithm": case.algorithm, "deterministic": case.deterministic}
+        options |= {"needs": case.needs, "tile": case.tile}
         gradients = backward(dout, q, k, v, out, lse, dlse=dlse, **options, **masking)
         gradients = [x if need else None for x, need in zip(gradients, case.needs, strict=True)]
 

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from calls import ALGORITHMS, assert_same_bits, backward, forward, forward_backward
+from calls import ALGORITHMS, BACKWARD_ALGORITHMS, assert_same_bits, backward, forward, forward_backward
 from inputs import LAYOUTS, Shape, far_apart, lay_out, make_qkv_dout, with_absurd_strides
 from matrix import DTYPES, dtype_name, length
 
@@ -57,13 +57,15 @@ def test_F33_each_input_has_its_own_strides(device, algorithm, layout, tensor):
 
 
 @pytest.mark.parametrize("layout", ODD_LAYOUTS)
-def test_F07_out_has_its_own_strides(device, layout):
+@pytest.mark.parametrize("algorithm", BACKWARD_ALGORITHMS)
+def test_F07_out_has_its_own_strides(device, algorithm, layout):
     """The backward operator reads `out` by the strides of out, not by those of q or dout."""
     q, k, v, dout = make_qkv_dout(shape_for(device), torch.bfloat16, device)
-    out, lse = forward(q, k, v)
-    expected = backward(dout, q, k, v, out, lse, deterministic=True)
+    options = {"algorithm": algorithm, "deterministic": True}
+    out, lse = forward(q, k, v, **options)
+    expected = backward(dout, q, k, v, out, lse, **options)
     placed = lay_out(out, layout, math.nan)
-    assert_same_bits(backward(dout, q, k, v, placed, lse, deterministic=True), expected, f"out {layout}")
+    assert_same_bits(backward(dout, q, k, v, placed, lse, **options), expected, f"out {layout}")
 
 
 @pytest.mark.parametrize("tensor", range(4), ids=("q", "k", "v", "dout"))
@@ -123,32 +125,38 @@ def test_F34_sum_backward(device, dtype, algorithm):
     (out.sum() + lse.sum()).backward()
     dlse = torch.ones_like(lse)
     ones = torch.ones_like(q)
-    expected = backward(ones, q, k, v, out.detach(), lse.detach(), dlse=dlse, deterministic=True)
+    options = {"dlse": dlse, "algorithm": algorithm, "deterministic": True}
+    expected = backward(ones, q, k, v, out.detach(), lse.detach(), **options)
     assert_same_bits([x.grad for x in leaves], expected, "out.sum().backward()")
 
 
-def test_dout_with_a_strided_last_dimension(device):
+@pytest.mark.parametrize("algorithm", BACKWARD_ALGORITHMS)
+def test_dout_with_a_strided_last_dimension(device, algorithm):
     """Gradients come in any layout, unlike inputs."""
     q, k, v, dout = make_qkv_dout(shape_for(device), torch.bfloat16, device)
     odd = dout.transpose(2, 3).contiguous().transpose(2, 3)
     assert odd.stride(3) != 1
-    expected = forward_backward(q, k, v, dout, deterministic=True)
-    assert_same_bits(forward_backward(q, k, v, odd, deterministic=True), expected, "strided dout")
+    options = {"algorithm": algorithm, "deterministic": True}
+    expected = forward_backward(q, k, v, dout, **options)
+    assert_same_bits(forward_backward(q, k, v, odd, **options), expected, "strided dout")
 
 
-@pytest.mark.parametrize("layout", ["strided", "expanded"])
-def test_lse_and_dlse_layouts(device, layout):
+# Of lse and dlse, for which v3 asks no alignment: not a layout of `serves`.
+@pytest.mark.parametrize("lse_layout", ["strided", "expanded"])
+@pytest.mark.parametrize("algorithm", BACKWARD_ALGORITHMS)
+def test_lse_and_dlse_layouts(device, algorithm, lse_layout):
     q, k, v, dout = make_qkv_dout(shape_for(device), torch.bfloat16, device)
-    out, lse = forward(q, k, v)
-    if layout == "strided":
+    options = {"algorithm": algorithm, "deterministic": True}
+    out, lse = forward(q, k, v, **options)
+    if lse_layout == "strided":
         dlse = torch.randn_like(lse)
         odd = torch.stack([lse, lse], -1)[..., 0], torch.stack([dlse, dlse], -1)[..., 0]
     else:
         dlse = torch.full_like(lse, 0.5)
         odd = lse.clone(), dlse[:1, :1, :1].expand_as(lse)
-    expected = backward(dout, q, k, v, out, lse, dlse=dlse, deterministic=True)
-    actual = backward(dout, q, k, v, out, odd[0], dlse=odd[1], deterministic=True)
-    assert_same_bits(actual, expected, f"{layout} lse and dlse")
+    expected = backward(dout, q, k, v, out, lse, dlse=dlse, **options)
+    actual = backward(dout, q, k, v, out, odd[0], dlse=odd[1], **options)
+    assert_same_bits(actual, expected, f"{lse_layout} lse and dlse")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from calls import ALGORITHMS, assert_same_bits, backward, forward, forward_backward
+from calls import ALGORITHMS, BACKWARD_ALGORITHMS, assert_same_bits, backward, forward, forward_backward
 from inputs import Shape, make_qkv_dout
 from matrix import CAUSAL_MODES, DTYPES, HALF_DTYPES, dtype_name, length
 
@@ -35,11 +35,12 @@ def test_F55_forward_repeats(device, algorithm, dtype, causal):
 @pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])
 @pytest.mark.parametrize("causal", CAUSAL_MODES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-def test_F57_backward_repeats(device, dtype, causal, deterministic):
+@pytest.mark.parametrize("algorithm", BACKWARD_ALGORITHMS)
+def test_F57_backward_repeats(device, algorithm, dtype, causal, deterministic):
     """dK and dV always; dQ when asked to, and on the CPU always."""
     q, k, v, dout = make_qkv_dout(MANY_HEADS, dtype, device)
-    out, lse = forward(q, k, v, causal=causal)
-    options = {"causal": causal, "deterministic": deterministic}
+    options = {"causal": causal, "algorithm": algorithm, "deterministic": deterministic}
+    out, lse = forward(q, k, v, **options)
     first = backward(dout, q, k, v, out, lse, **options)
     compared = slice(0, None) if deterministic or device == "cpu" else slice(1, None)
     for i in range(REPETITIONS):
@@ -49,14 +50,15 @@ def test_F57_backward_repeats(device, dtype, causal, deterministic):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-def test_F57_torch_deterministic_algorithms(device, dtype):
+@pytest.mark.parametrize("algorithm", BACKWARD_ALGORITHMS)
+def test_F57_torch_deterministic_algorithms(device, algorithm, dtype):
     """The global setting is obeyed, and gives the bits of deterministic=True."""
-    q, k, v, dout = make_qkv_dout(MANY_HEADS, dtype, device)
-    expected = forward_backward(q, k, v, dout, deterministic=True)
+    tensors = make_qkv_dout(MANY_HEADS, dtype, device)
+    expected = forward_backward(*tensors, algorithm=algorithm, deterministic=True)
     torch.use_deterministic_algorithms(True)
     try:
         for i in range(3):
-            assert_same_bits(forward_backward(q, k, v, dout), expected, f"repetition {i}")
+            assert_same_bits(forward_backward(*tensors, algorithm=algorithm), expected, f"repetition {i}")
     finally:
         torch.use_deterministic_algorithms(False)
 

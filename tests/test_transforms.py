@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from calls import ALGORITHMS, assert_same_bits, backward, default_tile, forward, forward_backward
+from calls import ALGORITHMS, BACKWARD_ALGORITHMS, assert_same_bits, backward, default_tile, forward, forward_backward
 from inputs import LAYOUTS, Shape, lay_out, make_qkv, make_qkv_dout
 from matrix import CAUSAL_MODES, DTYPES, HALF_DTYPES, dtype_name
 from numerics import check_gradients
@@ -36,11 +36,12 @@ def test_opcheck_forward(device, algorithm, dtype, causal, layout, wanted):
 @pytest.mark.parametrize("layout", ["contiguous", "bshd", "longer_cache"])
 @pytest.mark.parametrize("with_dlse", [False, True], ids=["", "dlse"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-def test_opcheck_backward(device, dtype, with_dlse, layout, needs):
+@pytest.mark.parametrize("algorithm", BACKWARD_ALGORITHMS)
+def test_opcheck_backward(device, algorithm, dtype, with_dlse, layout, needs):
     q, k, v, dout = (lay_out(x, layout) for x in make_qkv_dout(SHAPE, dtype, device))
     out, lse = forward(q, k, v, causal="bottom_right")
     dlse = torch.randn_like(lse) if with_dlse else None
-    options = (None, "bottom_right", True, list(needs), default_tile(q))
+    options = (None, "bottom_right", algorithm, True, list(needs), default_tile(q))
     torch.library.opcheck(torch.ops.flash_ext.backward.default, (dout, q, k, v, out, lse, dlse, *options))
 
 

@@ -16,11 +16,15 @@ inline unsigned grid_size(int64_t num_blocks, const AttentionShape& shape) {
   return static_cast<unsigned>(num_blocks);
 }
 
+// Whether a kernel may begin while the one before it on the stream still runs. It must then wait
+// for that one before it touches what the two share (ptx/griddepcontrol.cuh).
+enum class Overlap { kNone, kPrevious };
+
 // Launches `kernel` with more than the default 48 KB of shared memory where it needs it.
 template <typename Params>
 void launch_kernel(void (*kernel)(Params), int64_t num_blocks, int num_threads, int smem_bytes,
                    cudaStream_t stream, const char* name, const Params& params,
-                   const AttentionShape& shape) {
+                   const AttentionShape& shape, Overlap overlap = Overlap::kNone) {
   if (num_blocks == 0) return;
   const unsigned grid = grid_size(num_blocks, shape);
   if (smem_bytes > 48 * 1024) {
@@ -28,8 +32,17 @@ void launch_kernel(void (*kernel)(Params), int64_t num_blocks, int num_threads, 
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem_bytes), name,
         shape);
   }
-  kernel<<<grid, num_threads, smem_bytes, stream>>>(params);
-  check_cuda(cudaGetLastError(), name, shape);
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = num_threads;
+  config.dynamicSmemBytes = smem_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = overlap == Overlap::kPrevious ? 1 : 0;
+  check_cuda(cudaLaunchKernelEx(&config, kernel, params), name, shape);
 }
 
 }  // namespace flash_ext

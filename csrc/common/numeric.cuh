@@ -41,6 +41,18 @@ __device__ __forceinline__ uint32_t pack<__nv_bfloat16>(float lo, float hi) {
   return reinterpret_cast<const uint32_t&>(h);
 }
 
+// The reverse.
+template <typename Element>
+__device__ __forceinline__ float2 unpack(uint32_t bits);
+template <>
+__device__ __forceinline__ float2 unpack<__half>(uint32_t bits) {
+  return __half22float2(reinterpret_cast<const __half2&>(bits));
+}
+template <>
+__device__ __forceinline__ float2 unpack<__nv_bfloat16>(uint32_t bits) {
+  return __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(bits));
+}
+
 // Two neighbouring elements in one store.
 template <typename Element>
 __device__ __forceinline__ void store_pair(Element* to, float lo, float hi) {

@@ -13,17 +13,26 @@ struct TileCoords {
   int row;
   int head;
   int batch;
+  int col = 0;
 };
+
+// By one thread. The bytes count towards the phase of `full`, which has been told to expect them.
+template <typename Tile>
+__device__ __forceinline__ void load_slabs(Tile& tile, const CUtensorMap& map, ptx::Mbarrier& full,
+                                           TileCoords from) {
+#pragma unroll
+  for (int s = 0; s < Tile::kSlabs; ++s) {
+    ptx::tma_load_4d(tile.slab(s), map, full, from.col + s * kSlabCols, from.row, from.head,
+                     from.batch);
+  }
+}
 
 // By one thread. Completes the next phase of `full` when the tile has arrived.
 template <typename Tile>
 __device__ __forceinline__ void load_tile(Tile& tile, const CUtensorMap& map, ptx::Mbarrier& full,
                                           TileCoords from) {
   ptx::mbarrier_arrive_expect_tx(full, Tile::kBytes);
-#pragma unroll
-  for (int s = 0; s < Tile::kSlabs; ++s) {
-    ptx::tma_load_4d(tile.slab(s), map, full, s * kSlabCols, from.row, from.head, from.batch);
-  }
+  load_slabs(tile, map, full, from);
 }
 
 // One warp writes its 16 rows of an accumulator, scaled by one factor for each of a thread's two
@@ -46,6 +55,16 @@ __device__ __forceinline__ void store_accumulator(Tile& tile,
                      pack<Element>(left[2] * factor[1], left[3] * factor[1]),
                      pack<Element>(right[0] * factor[0], right[1] * factor[0]),
                      pack<Element>(right[2] * factor[1], right[3] * factor[1]));
+  }
+}
+
+// By one thread: into its bulk group. Writes to the tile by ordinary stores need
+// fence_proxy_async() by their threads, and a barrier, before.
+template <typename Tile>
+__device__ __forceinline__ void store_slabs(Tile& tile, const CUtensorMap& map, TileCoords to) {
+#pragma unroll
+  for (int s = 0; s < Tile::kSlabs; ++s) {
+    ptx::tma_store_4d(map, tile.slab(s), to.col + s * kSlabCols, to.row, to.head, to.batch);
   }
 }
 

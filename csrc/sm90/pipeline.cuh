@@ -11,9 +11,10 @@ struct RingBarriers {
   ptx::Mbarrier full[kStages];
   ptx::Mbarrier empty[kStages];
 
-  __device__ void init(int consumer_arrivals) {
+  __device__ void init(int consumer_arrivals) { init(1, consumer_arrivals); }
+  __device__ void init(int producer_arrivals, int consumer_arrivals) {
     for (int i = 0; i < kStages; ++i) {
-      ptx::mbarrier_init(full[i], 1);
+      ptx::mbarrier_init(full[i], producer_arrivals);
       ptx::mbarrier_init(empty[i], consumer_arrivals);
     }
   }

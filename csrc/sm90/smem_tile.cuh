@@ -62,6 +62,11 @@ class Descriptor {
     return Descriptor(bits_ + index * (sizeof(Tile) / 16));
   }
 
+  // The operand that begins at another row of the tile, a multiple of eight.
+  __device__ __forceinline__ Descriptor from_row(int row) const {
+    return Descriptor(bits_ + row * (kSlabRowBytes / 16));
+  }
+
   // The operand that begins so many bytes further on, for the instruction.
   __device__ __forceinline__ uint64_t at(int bytes) const { return bits_ + bytes / 16; }
 

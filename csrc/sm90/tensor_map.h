@@ -48,10 +48,21 @@ CUtensorMap make_tensor_map(const TensorView& view, int64_t batch, int64_t heads
   const cuuint32_t box[4] = {64, static_cast<cuuint32_t>(box_rows), 1, 1};
   const cuuint32_t every_element[4] = {1, 1, 1, 1};
   CUtensorMap map;
-  const CUresult status =
-      tensor_map_encoder()(&map, kType, 4, view.data, sizes, strides, box, every_element,
-                           CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                           CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const auto encode = [&] {
+    return tensor_map_encoder()(&map, kType, 4, view.data, sizes, strides, box, every_element,
+                                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                                CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  };
+  CUresult status = encode();
+  // A thread's first call to CUDA may be this one, as in autograd's. The runtime would make the
+  // device's context current; the driver's function only asks for one.
+  if (status == CUDA_ERROR_INVALID_CONTEXT) {
+    int device = 0;
+    cudaGetDevice(&device);
+    cudaSetDevice(device);
+    status = encode();
+  }
   if (status != CUDA_SUCCESS) {
     throw std::runtime_error("flash_ext: cuTensorMapEncodeTiled failed with CUDA driver error " +
                              std::to_string(static_cast<int>(status)));

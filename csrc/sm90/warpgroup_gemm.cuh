@@ -9,18 +9,20 @@ namespace flash_ext::sm90 {
 
 inline constexpr int kWgmmaK = 16;
 
-// acc = A B^T, of the first kN rows of B: both tiles lie in shared memory with k along their rows.
+// acc (+)= A B^T, of the first kN rows of B: both tiles lie in shared memory with k along their
+// rows. Of A's rows the 64 count at which the descriptor begins.
 template <typename ATile, typename BTile, int kN = BTile::kRows>
-__device__ __forceinline__ void gemm_abt(float (&acc)[kN / 8][4], Descriptor a, Descriptor b) {
+__device__ __forceinline__ void gemm_abt(float (&acc)[kN / 8][4], Descriptor a, Descriptor b,
+                                         bool accumulates = false) {
   using Element = typename ATile::Element;
-  static_assert(ATile::kRows == 64 && ATile::kCols == BTile::kCols);
+  static_assert(ATile::kRows % 64 == 0 && ATile::kCols == BTile::kCols);
 #pragma unroll
   for (int k = 0; k < ATile::kCols; k += kWgmmaK) {
     const int slab = k / kSlabCols;
     const int in_row = k % kSlabCols * static_cast<int>(sizeof(Element));
     ptx::Wgmma<Element, kN>::template ss<ptx::Major::kK, ptx::Major::kK>(
         acc, a.at(slab * ATile::kSlabBytes + in_row), b.at(slab * BTile::kSlabBytes + in_row),
-        k > 0);
+        accumulates || k > 0);
   }
   ptx::wgmma_commit_group();
 }
@@ -35,6 +37,38 @@ __device__ __forceinline__ void gemm_ab(float (&acc)[BTile::kCols / 8][4],
   for (int k = 0; k < BTile::kRows / kWgmmaK; ++k) {
     ptx::Wgmma<Element, BTile::kCols>::template rs<ptx::Major::kMN>(
         acc, a[k], b.at(k * kWgmmaK * kSlabRowBytes), accumulates || k > 0);
+  }
+  ptx::wgmma_commit_group();
+}
+
+// acc (+)= A B: both in shared memory, k along the rows of A (64, as above), and B's rows run along
+// k.
+template <typename ATile, typename BTile>
+__device__ __forceinline__ void gemm_ab(float (&acc)[BTile::kCols / 8][4], Descriptor a,
+                                        Descriptor b, bool accumulates = false) {
+  using Element = typename ATile::Element;
+  static_assert(ATile::kRows % 64 == 0 && ATile::kCols == BTile::kRows);
+#pragma unroll
+  for (int k = 0; k < ATile::kCols; k += kWgmmaK) {
+    const int slab = k / kSlabCols;
+    const int in_row = k % kSlabCols * static_cast<int>(sizeof(Element));
+    ptx::Wgmma<Element, BTile::kCols>::template ss<ptx::Major::kK, ptx::Major::kMN>(
+        acc, a.at(slab * ATile::kSlabBytes + in_row), b.at(k * kSlabRowBytes),
+        accumulates || k > 0);
+  }
+  ptx::wgmma_commit_group();
+}
+
+// acc (+)= A^T B: both in shared memory, the rows of both run along k; A has 64 columns.
+template <typename ATile, typename BTile>
+__device__ __forceinline__ void gemm_atb(float (&acc)[BTile::kCols / 8][4], Descriptor a,
+                                         Descriptor b, bool accumulates = false) {
+  using Element = typename ATile::Element;
+  static_assert(ATile::kCols == 64 && ATile::kRows == BTile::kRows);
+#pragma unroll
+  for (int k = 0; k < ATile::kRows; k += kWgmmaK) {
+    ptx::Wgmma<Element, BTile::kCols>::template ss<ptx::Major::kMN, ptx::Major::kMN>(
+        acc, a.at(k * kSlabRowBytes), b.at(k * kSlabRowBytes), accumulates || k > 0);
   }
   ptx::wgmma_commit_group();
 }

@@ -1,0 +1,66 @@
+// Tiles of the v3 backward at head_dim up to 128.
+#pragma once
+
+#include "sm90/pipeline.cuh"
+#include "sm90/smem_tile.cuh"
+#include "v3/backward/kernel_params.cuh"
+#include "v3/backward/workspace.h"
+
+namespace flash_ext::v3::backward {
+
+// A tile as the producer announces it to everyone else.
+struct alignas(16) TileWork {
+  int n_block;
+  int kv_head_idx;
+  int batch_idx;
+  int m_begin, m_end;  // query blocks that see it
+  int is_valid;        // 0: there are no more
+};
+
+template <typename Element_, int kHeadDim_>
+struct Config {
+  using Element = Element_;
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kBlockM = backward_block_m(kHeadDim);
+  static constexpr int kConsumers = 2;  // warpgroups of 64 keys
+  static constexpr int kBlockN = 64 * kConsumers;
+  static constexpr int kClusterSize = 1;
+  static constexpr int kThreadBlockN = kBlockN;  // keys of a thread block of the cluster
+  static constexpr bool kCentresKeys = true;     // dQ comes from K without its mean
+  static constexpr int kStages = 2;  // of Q and dO
+  static constexpr int kNumThreads = (1 + kConsumers) * 128;
+  // Who computes dQ = dS K of a step: both warpgroups, half of the columns each, and add it to the
+  // accumulator from registers; or one of them all of it, the two in turns, and TMA adds it from
+  // shared memory.
+  static constexpr bool kSharesDq = kHeadDim == 128;
+  // Registers of a thread: a launch gives every thread 65,536 / 384, rounded down to a multiple of
+  // 8, and no more can be moved from the producer to the consumers.
+  static constexpr int kProducerRegisters = 40;
+  static constexpr int kConsumerRegisters = 232;
+  static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= 3 * 168);
+
+  using QTile = sm90::SmemTile<Element, kBlockM, kHeadDim>;
+  using KVTile = sm90::SmemTile<Element, kBlockN, kHeadDim>;
+  using DsTile = sm90::SmemTile<Element, kBlockM, kBlockN>;
+  using GradientTile = sm90::SmemTile<Element, 64, kHeadDim>;  // of a warpgroup
+
+  struct SharedStorage {
+    KVTile k, v;
+    KVTile k_centred;  // K minus its mean
+    QTile q[kStages], dout[kStages];
+    DsTile ds[2];
+    GradientTile gradient[kConsumers];  // dV or dK on its way out
+    alignas(128) float dq[kSharesDq ? 4 : kBlockM * kHeadDim];  // on its way out
+    RowStatistics<kBlockM> statistics[kStages];
+    alignas(16) float delta[kStages][kBlockM];
+    alignas(16) float key_mean[kHeadDim];
+    TileWork tile[2];
+    sm90::RingBarriers<2> tile_barriers;
+    sm90::RingBarriers<kStages> query_barriers;  // Q, dO and both statistics
+    sm90::RingBarriers<1> k_barriers, v_barriers, k_centred_barriers, gradient_barriers,
+        dq_barriers;
+  };
+  static_assert(sizeof(SharedStorage) <= 227 * 1024, "what one thread block gets on sm_90");
+};
+
+}  // namespace flash_ext::v3::backward

@@ -1,0 +1,129 @@
+// Host side of the v3 backward: tensor maps, the order of the tiles, the launches.
+#pragma once
+
+#include <algorithm>
+#include <numeric>
+
+#include "common/launch_kernel.cuh"
+#include "launch.h"
+#include "sm90/tensor_map.h"
+#include "v3/backward/kernel.cuh"
+#include "v3/backward/pair_kernel.cuh"
+#include "v3/backward/postprocess.cuh"
+#include "v3/backward/preprocess.cuh"
+#include "v3/backward/workspace.h"
+
+namespace flash_ext {
+namespace v3::backward {
+
+// Q, dO and dQ's accumulator of a section should stay in L2 (50 MB) beside what else passes
+// through.
+inline constexpr int64_t kSectionBytes = 32 << 20;
+
+// How many key heads make a section. Under a causal mask a section ends where two rounds of the
+// grid end, or the next one's long tiles would fall to some thread blocks alone. Without a mask all
+// tiles are equal, and heads one after the other are the best for L2.
+template <typename Config>
+int64_t section_heads(const BackwardParams& params, int64_t num_n_blocks, int64_t num_blocks) {
+  const AttentionShape& s = params.shape;
+  if (!params.mask.is_causal) return 1;
+  const int64_t unit = 2 * num_blocks / std::gcd(2 * num_blocks, num_n_blocks);
+  constexpr int64_t kElementBytes = 2 * sizeof(typename Config::Element) + sizeof(float);
+  const int64_t head_bytes = kElementBytes * s.seqlen_q * s.head_dim * s.group_size();
+  const int64_t units = std::max<int64_t>(1, kSectionBytes / (unit * head_bytes + 1));
+  return std::min(units * unit, s.batch * s.heads_kv);
+}
+
+template <typename Config>
+Schedule make_schedule(const BackwardParams& params) {
+  const AttentionShape& s = params.shape;
+  const int64_t num_n_blocks = (s.seqlen_k + Config::kBlockN - 1) / Config::kBlockN;
+  const int64_t num_tiles = grid_size(num_n_blocks * s.batch * s.heads_kv, s);
+  const int64_t num_walkers =
+      std::min<int64_t>(num_tiles, multiprocessor_count(s) / Config::kClusterSize);
+  return {static_cast<int>(num_n_blocks), static_cast<int>(num_tiles), static_cast<int>(s.heads_kv),
+          static_cast<int>(section_heads<Config>(params, num_n_blocks, num_walkers)),
+          static_cast<int>(num_walkers)};
+}
+
+template <typename Config>
+KernelParams make_kernel_params(const BackwardParams& params) {
+  using Element = typename Config::Element;
+  const AttentionShape& s = params.shape;
+  const BackwardWorkspace sections(params);
+  const auto map = [&](const TensorView& view, int64_t heads, int64_t seqlen, int box_rows) {
+    return sm90::make_tensor_map<Element>(view, s.batch, heads, seqlen, s.head_dim, box_rows);
+  };
+  const auto gradient_map = [&](const TensorView& view) {
+    return view.data != nullptr ? map(view, s.heads_kv, s.seqlen_k, 64) : CUtensorMap{};
+  };
+  return KernelParams{
+      map(params.q, s.heads_q, s.seqlen_q, Config::kBlockM),
+      map(params.k, s.heads_kv, s.seqlen_k, Config::kThreadBlockN),
+      map(params.v, s.heads_kv, s.seqlen_k, Config::kThreadBlockN),
+      map(params.dout, s.heads_q, s.seqlen_q, Config::kBlockM),
+      gradient_map(params.dk),
+      gradient_map(params.dv),
+      params.k,
+      params.out,
+      params.dout,
+      params.dq,
+      params.dk,
+      params.dv,
+      static_cast<const float*>(params.lse),
+      static_cast<const float*>(params.dlse),
+      params.mask,
+      SoftmaxScale(params.softmax_scale),
+      static_cast<float>(params.softmax_scale),
+      static_cast<int>(s.head_dim),
+      static_cast<int>(s.heads_q),
+      static_cast<int>(s.heads_kv),
+      static_cast<int>(s.group_size()),
+      static_cast<int>(sections.num_m_blocks),
+      make_schedule<Config>(params),
+      params.workspace + sections.lse_log2,
+      params.workspace + sections.delta,
+      params.workspace + sections.key_mean,
+      params.dq.data != nullptr ? params.workspace + sections.dq_accum : nullptr,
+      params.dq.data != nullptr && !Config::kCentresKeys ? params.workspace + sections.dq_row_sum
+                                                         : nullptr};
+}
+
+template <typename Config>
+void launch_kernels(const BackwardParams& params, void (*main_kernel)(KernelParams),
+                    cudaStream_t stream) {
+  using Element = typename Config::Element;
+  constexpr int kHeadDim = Config::kHeadDim;
+  constexpr int kBlockM = Config::kBlockM;
+  static_assert(kBlockM == backward_block_m(kHeadDim));
+  const AttentionShape& s = params.shape;
+  const KernelParams p = make_kernel_params<Config>(params);
+  const int64_t row_blocks = s.batch * s.heads_q * p.num_m_blocks;
+  launch_kernel(preprocess_kernel<Element, kHeadDim, kBlockM>, s.batch * s.heads_kv + row_blocks,
+                kPreprocessThreads, 0, stream, "the v3 backward's preprocess kernel", p, s);
+  launch_kernel(main_kernel, p.schedule.num_walkers * Config::kClusterSize, Config::kNumThreads,
+                sizeof(typename Config::SharedStorage), stream, "the v3 backward's main kernel", p,
+                s, Overlap::kPrevious);
+  if (params.dq.data == nullptr) return;
+  launch_kernel(postprocess_kernel<Element, kHeadDim, kBlockM>,
+                row_blocks * (kBlockM / 64) * (kHeadDim / 64), kPostprocessThreads, 0, stream,
+                "the v3 backward's postprocess kernel", p, s, Overlap::kPrevious);
+}
+
+}  // namespace v3::backward
+
+// Nothing here is empty: where there are no queries or no keys, the gradients are zeros, and the
+// caller's.
+template <typename Element, int kHeadDim>
+void launch_backward_v3(const BackwardParams& params, CudaStream stream) {
+  using namespace v3::backward;
+  if constexpr (kHeadDim == 256) {
+    using Main = PairConfig<Element>;
+    launch_kernels<Main>(params, pair_kernel<Main>, stream);
+  } else {
+    using Main = Config<Element, kHeadDim>;
+    launch_kernels<Main>(params, backward_kernel<Main>, stream);
+  }
+}
+
+}  // namespace flash_ext

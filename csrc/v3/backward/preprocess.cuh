@@ -1,0 +1,156 @@
+// Before the main kernel, in one launch: per query row delta = rowsum(dO * O) - dL and L in units
+// of log2; dQ's accumulator cleared; per key head the mean of K.
+#pragma once
+
+#include "common/numeric.cuh"
+#include "ptx/griddepcontrol.cuh"
+#include "v3/backward/kernel_params.cuh"
+
+namespace flash_ext::v3::backward {
+
+inline constexpr int kPreprocessThreads = 256;
+
+// Rows that go into the mean: of many keys every second, and no more than these, evenly spaced. Any
+// vector will do that is the same for all key blocks; the nearer to the mean, the more of the error
+// it removes.
+inline constexpr int kMeanRows = 2048;
+inline constexpr int kManyKeys = 512;
+
+template <typename Element>
+__device__ __forceinline__ const Element* row_of(const TensorView& view, int64_t batch_idx,
+                                                 int64_t head_idx, int64_t row) {
+  return static_cast<const Element*>(view.data) + batch_idx * view.batch_stride +
+         head_idx * view.head_stride + row * view.row_stride;
+}
+
+// Eight elements of a row; zeros where it is shorter.
+template <typename Element>
+__device__ __forceinline__ void load_eight(float (&x)[8], const Element* row, int col, int cols) {
+  const uint4 bits =
+      col < cols ? *reinterpret_cast<const uint4*>(row + col) : make_uint4(0, 0, 0, 0);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) x[i] = to_float(reinterpret_cast<const Element*>(&bits)[i]);
+}
+
+// One block of query rows. A row is read by kHeadDim / 8 neighbouring threads.
+template <typename Element, int kHeadDim, int kBlockM>
+__device__ __forceinline__ void row_statistics(const KernelParams& p, int64_t block) {
+  constexpr int kThreadsPerRow = kHeadDim / 8;
+  constexpr int kRowsPerPass = kPreprocessThreads / kThreadsPerRow;
+  constexpr int kPasses = kBlockM / kRowsPerPass;
+  const int m_block = static_cast<int>(block % p.num_m_blocks);
+  const int64_t batch_head = block / p.num_m_blocks;
+  const int64_t batch_idx = batch_head / p.heads_q;
+  const int64_t head_idx = batch_head % p.heads_q;
+  const int col = threadIdx.x % kThreadsPerRow * 8;
+  const int row_in_pass = threadIdx.x / kThreadsPerRow;
+
+  float o[kPasses][8], d[kPasses][8];
+#pragma unroll
+  for (int i = 0; i < kPasses; ++i) {
+    const int row = m_block * kBlockM + i * kRowsPerPass + row_in_pass;
+    const int cols = row < p.mask.seqlen_q ? p.head_dim : 0;
+    load_eight(o[i], row_of<Element>(p.out, batch_idx, head_idx, row), col, cols);
+    load_eight(d[i], row_of<Element>(p.dout, batch_idx, head_idx, row), col, cols);
+  }
+  if (p.dq_accum != nullptr) {
+    auto* accum = reinterpret_cast<float4*>(p.dq_accum + block * (kBlockM * kHeadDim));
+#pragma unroll
+    for (int i = 0; i < kBlockM * kHeadDim / 4 / kPreprocessThreads; ++i) {
+      accum[i * kPreprocessThreads + threadIdx.x] = make_float4(0.f, 0.f, 0.f, 0.f);
+    }
+  }
+  if (p.dq_row_sum != nullptr && threadIdx.x < kBlockM) {
+    p.dq_row_sum[block * kBlockM + threadIdx.x] = 0.f;
+  }
+  auto& statistics = reinterpret_cast<RowStatistics<kBlockM>*>(p.row_statistics)[block];
+  bool has_huge = false;
+#pragma unroll
+  for (int i = 0; i < kPasses; ++i) {
+    float sum = 0.f;
+#pragma unroll
+    for (int j = 0; j < 8; ++j) sum += o[i][j] * d[i][j];
+#pragma unroll
+    for (int offset = kThreadsPerRow / 2; offset > 0; offset /= 2) {
+      sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+    }
+    if (col == 0) {
+      const int in_block = i * kRowsPerPass + row_in_pass;
+      const int row = m_block * kBlockM + in_block;
+      const bool is_row = row < p.mask.seqlen_q;
+      const int64_t at = batch_head * p.mask.seqlen_q + row;
+      const float lse = is_row ? p.lse[at] : -INFINITY;
+      const float dlse = p.dlse != nullptr && lse != -INFINITY ? p.dlse[at] : 0.f;
+      p.delta[block * kBlockM + in_block] = sum - dlse;
+      statistics.lse_log2[in_block] = is_huge_lse(lse) ? 0.f : backward_lse_log2(lse);
+      has_huge |= is_huge_lse(lse);
+    }
+  }
+  has_huge = __syncthreads_or(has_huge);
+  if (threadIdx.x == 0) {
+    statistics.has_huge = has_huge;
+    statistics.batch_head = static_cast<int>(batch_head);
+    statistics.row_block = static_cast<int>(block);
+    statistics.row0 = m_block * kBlockM;
+  }
+}
+
+// Rounded to an element, so that K minus it is one rounding of the true difference. Columns whose
+// mean is small beside their values keep 0: subtracting it would only round K again.
+template <typename Element, int kHeadDim>
+__device__ __forceinline__ void key_mean(const KernelParams& p, int batch_kv_head) {
+  constexpr int kThreadsPerRow = kHeadDim / 8;
+  constexpr int kRowsPerPass = kPreprocessThreads / kThreadsPerRow;
+  constexpr float kSmallMean = 0.25f;
+  __shared__ float partial[2][kRowsPerPass][kHeadDim];
+  const int col = threadIdx.x % kThreadsPerRow * 8;
+  const int row_in_pass = threadIdx.x / kThreadsPerRow;
+  const Element* k =
+      row_of<Element>(p.k, batch_kv_head / p.heads_kv, batch_kv_head % p.heads_kv, 0);
+  const int step = max(ceil_div(p.mask.seqlen_k, kMeanRows), p.mask.seqlen_k < kManyKeys ? 1 : 2);
+  const int num_rows = ceil_div(p.mask.seqlen_k, step);
+  float sum[8] = {}, sum_of_squares[8] = {};
+#pragma unroll 4
+  for (int i = row_in_pass; i < num_rows; i += kRowsPerPass) {
+    float x[8];
+    load_eight(x, k + int64_t{i} * step * p.k.row_stride, col, p.head_dim);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      sum[j] += x[j];
+      sum_of_squares[j] += x[j] * x[j];
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < 8; ++j) {
+    partial[0][row_in_pass][col + j] = sum[j];
+    partial[1][row_in_pass][col + j] = sum_of_squares[j];
+  }
+  __syncthreads();
+  if (threadIdx.x >= kHeadDim) return;
+  float total[2] = {};
+  for (int i = 0; i < kRowsPerPass; ++i) {
+    total[0] += partial[0][i][threadIdx.x];
+    total[1] += partial[1][i][threadIdx.x];
+  }
+  const float mean = total[0] / static_cast<float>(num_rows);
+  const float mean_of_squares = total[1] / static_cast<float>(num_rows);
+  const bool is_small = mean * mean <= kSmallMean * kSmallMean * mean_of_squares;
+  p.key_mean[int64_t{batch_kv_head} * kHeadDim + threadIdx.x] =
+      is_small ? 0.f : to_float(from_float<Element>(mean));
+}
+
+// The key heads first: theirs is the longer work.
+template <typename Element, int kHeadDim, int kBlockM>
+__global__ void __launch_bounds__(kPreprocessThreads)
+    preprocess_kernel(const __grid_constant__ KernelParams p) {
+  ptx::griddepcontrol_launch_dependents();
+  const unsigned key_heads =
+      p.schedule.num_n_blocks > 0 ? p.schedule.num_tiles / p.schedule.num_n_blocks : 0;
+  if (blockIdx.x < key_heads) {
+    key_mean<Element, kHeadDim>(p, static_cast<int>(blockIdx.x));
+  } else {
+    row_statistics<Element, kHeadDim, kBlockM>(p, blockIdx.x - key_heads);
+  }
+}
+
+}  // namespace flash_ext::v3::backward

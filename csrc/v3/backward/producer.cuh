@@ -1,0 +1,169 @@
+// The producer warpgroup: a thread that feeds the consumers by TMA, one that sends dK and dV off,
+// and where it leaves by TMA, one for dQ.
+#pragma once
+
+#include "ptx/bulk_copy.cuh"
+#include "ptx/griddepcontrol.cuh"
+#include "sm90/copy_tile.cuh"
+#include "v3/backward/config.cuh"
+
+namespace flash_ext::v3::backward {
+
+// Calls visit(head_idx, m_block) for each step of a tile.
+template <typename Visit>
+__device__ __forceinline__ void for_each_step(const KernelParams& p, const TileWork& tile,
+                                              Visit visit) {
+  const int first_head = tile.kv_head_idx * p.group_size;
+#pragma unroll 1
+  for (int head_idx = first_head; head_idx < first_head + p.group_size; ++head_idx) {
+#pragma unroll 1
+    for (int m_block = tile.m_begin; m_block < tile.m_end; ++m_block) visit(head_idx, m_block);
+  }
+}
+
+// By one thread: announces the tiles and loads them.
+template <typename Config>
+class Producer {
+  using SharedStorage = typename Config::SharedStorage;
+  using QTile = typename Config::QTile;
+  static constexpr int kBlockM = Config::kBlockM;
+
+ public:
+  __device__ __forceinline__ Producer(SharedStorage& smem, const KernelParams& params)
+      : smem_(smem), p_(params) {}
+
+  __device__ __forceinline__ void run() {
+    bool is_valid = true;
+    for (int round = 0; is_valid; ++round) {
+      const TileWork tile = announce(p_.schedule.tile(round));
+      is_valid = tile.is_valid;
+      bool is_first = true;
+      for_each_step(p_, tile, [&](int head_idx, int m_block) {
+        load_queries(tile, head_idx, m_block);
+        if (is_first) load_keys(tile);
+        // Last what the very first time has to wait for the preprocess kernel.
+        if (!may_read_statistics_) ptx::griddepcontrol_wait();
+        may_read_statistics_ = true;
+        if (is_first) load_key_mean(tile);
+        is_first = false;
+        load_statistics(tile, head_idx, m_block);
+        at_.advance();
+      });
+    }
+    ptx::griddepcontrol_launch_dependents();
+  }
+
+ private:
+  __device__ __forceinline__ TileWork announce(const Tile& tile) {
+    const BlockRange blocks =
+        query_blocks(p_.mask, tile.n_block * Config::kBlockN, Config::kBlockM);
+    const TileWork work{tile.n_block,  tile.kv_head_idx, tile.batch_idx,
+                        blocks.begin, tile.is_valid ? blocks.end : blocks.begin, tile.is_valid};
+    sm90::wait_empty(smem_.tile_barriers, tile_at_);
+    smem_.tile[tile_at_.stage] = work;
+    ptx::mbarrier_arrive(smem_.tile_barriers.full[tile_at_.stage]);
+    tile_at_.advance();
+    return work;
+  }
+
+  __device__ __forceinline__ void load_queries(const TileWork& tile, int head_idx, int m_block) {
+    constexpr int kStatisticsBytes = sizeof(smem_.statistics[0]) + sizeof(smem_.delta[0]);
+    const sm90::TileCoords from{m_block * kBlockM, head_idx, tile.batch_idx};
+    auto& full = smem_.query_barriers.full[at_.stage];
+    sm90::wait_empty(smem_.query_barriers, at_);
+    ptx::mbarrier_arrive_expect_tx(full, 2 * QTile::kBytes + kStatisticsBytes);
+    sm90::load_slabs(smem_.q[at_.stage], p_.q_map, full, from);
+    sm90::load_slabs(smem_.dout[at_.stage], p_.dout_map, full, from);
+  }
+
+  __device__ __forceinline__ void load_keys(const TileWork& tile) {
+    const sm90::TileCoords from{tile.n_block * Config::kBlockN, tile.kv_head_idx, tile.batch_idx};
+    sm90::wait_empty(smem_.k_barriers, kv_at_);
+    ptx::mbarrier_arrive_expect_tx(smem_.k_barriers.full[0],
+                                   Config::KVTile::kBytes + static_cast<int>(sizeof(smem_.key_mean)));
+    sm90::load_slabs(smem_.k, p_.k_map, smem_.k_barriers.full[0], from);
+    sm90::wait_empty(smem_.v_barriers, kv_at_);
+    sm90::load_tile(smem_.v, p_.v_map, smem_.v_barriers.full[0], from);
+    kv_at_.advance();
+  }
+
+  __device__ __forceinline__ void load_key_mean(const TileWork& tile) {
+    const int64_t head = int64_t{tile.batch_idx} * p_.heads_kv + tile.kv_head_idx;
+    ptx::bulk_load(smem_.key_mean, p_.key_mean + head * Config::kHeadDim, sizeof(smem_.key_mean),
+                   smem_.k_barriers.full[0]);
+  }
+
+  __device__ __forceinline__ void load_statistics(const TileWork& tile, int head_idx,
+                                                  int m_block) {
+    const int64_t block = row_block(p_, tile.batch_idx, head_idx, m_block);
+    auto& full = smem_.query_barriers.full[at_.stage];
+    ptx::bulk_load(&smem_.statistics[at_.stage],
+                   reinterpret_cast<const RowStatistics<kBlockM>*>(p_.row_statistics) + block,
+                   sizeof(smem_.statistics[0]), full);
+    ptx::bulk_load(smem_.delta[at_.stage], p_.delta + block * kBlockM, sizeof(smem_.delta[0]),
+                   full);
+  }
+
+  SharedStorage& smem_;
+  const KernelParams& p_;
+  sm90::RingPosition<Config::kStages> at_;
+  sm90::RingPosition<2> tile_at_;
+  sm90::RingPosition<1> kv_at_;
+  bool may_read_statistics_ = false;
+};
+
+// By one thread: the dQ of one step after another from shared memory to the accumulator, where
+// other thread blocks add, too.
+template <typename Config>
+__device__ __forceinline__ void add_dq(typename Config::SharedStorage& smem,
+                                          const KernelParams& p) {
+  constexpr int kFloats = Config::kBlockM * Config::kHeadDim;
+  sm90::RingPosition<1> dq_at;
+  for (sm90::RingPosition<2> at;; at.advance()) {
+    sm90::wait_full(smem.tile_barriers, at);
+    const TileWork tile = smem.tile[at.stage];
+    if (!tile.is_valid) break;
+    ptx::mbarrier_arrive(smem.tile_barriers.empty[at.stage]);
+    for_each_step(p, tile, [&](int head_idx, int m_block) {
+      const int64_t block = row_block(p, tile.batch_idx, head_idx, m_block);
+      sm90::wait_full(smem.dq_barriers, dq_at);
+      if (p.dq_accum != nullptr) {
+        ptx::bulk_reduce_add(p.dq_accum + block * kFloats, smem.dq, sizeof(smem.dq));
+        ptx::tma_store_commit_group();
+        ptx::tma_store_wait_read();
+      }
+      ptx::mbarrier_arrive(smem.dq_barriers.empty[0]);
+      dq_at.advance();
+    });
+  }
+  ptx::bulk_wait();
+}
+
+// By one thread: each tile's dV and then its dK, to which its keys' rows belong.
+template <typename Config>
+__device__ __forceinline__ void send_gradients(typename Config::SharedStorage& smem,
+                                               const KernelParams& p) {
+  sm90::RingPosition<1> gradient_at;
+  for (sm90::RingPosition<2> at;; at.advance()) {
+    sm90::wait_full(smem.tile_barriers, at);
+    const TileWork tile = smem.tile[at.stage];
+    if (!tile.is_valid) break;
+    ptx::mbarrier_arrive(smem.tile_barriers.empty[at.stage]);
+    for (const bool is_dv : {true, false}) {
+      sm90::wait_full(smem.gradient_barriers, gradient_at);
+      if ((is_dv ? p.dv : p.dk).data != nullptr) {
+        const int key0 = tile.n_block * Config::kBlockN;
+        for (int part = 0; part < Config::kConsumers; ++part) {
+          sm90::store_slabs(smem.gradient[part], is_dv ? p.dv_map : p.dk_map,
+                            {key0 + 64 * part, tile.kv_head_idx, tile.batch_idx});
+        }
+        ptx::tma_store_commit_group();
+        ptx::tma_store_wait_read();
+      }
+      ptx::mbarrier_arrive(smem.gradient_barriers.empty[0]);
+      gradient_at.advance();
+    }
+  }
+}
+
+}  // namespace flash_ext::v3::backward
