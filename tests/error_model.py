@@ -122,25 +122,23 @@ class ErrorModel:
             # v3's warpgroups hand P on as an operand, rounded, and dS is computed from that.
             ds_variance += self.p_rounding * dp.square()
 
-        # rowsum(dS) is known, so the mean of the keys can be taken out of dQ's error.
+        # rowsum(dS) is known, so the mean of the keys can be taken out of dQ's error. The reference does no
+        # such thing, and in fp64 its error counts as much as the kernel's.
         key_sum = self.k.sum(2, keepdim=True)
         # The CUDA kernels take the mean of at most 512 keys, evenly spaced: an outlier among them shows.
         step = -(-seqlen_k // 512) if self.k.is_cuda else 1
         sampled = self.k[:, :, :: max(1, step)]
         mean = sampled.mean(2, keepdim=True).nan_to_num()
-        keys_left = [self.k - mean]
         if self.k.is_cuda:
-            # v3 rounds the mean, and leaves columns as they are whose mean is small beside their values.
+            # They round it, and leave columns as they are whose mean is small beside their values.
             is_small = mean.square() <= sampled.square().mean(2, keepdim=True) / 16
-            keys_left.append(self.k - mean.masked_fill(is_small, 0.0).to(self.dtype))
-        if self.dtype == torch.float64:
-            # The reference keeps the mean, and in fp64 its error counts as much as the kernel's.
-            keys_left.append(self.k)
+            mean = mean.masked_fill(is_small, 0.0).to(self.dtype)
+        centred = self.k - mean
         rowsum_variance = ds_variance.sum(-1, keepdim=True) + delta_variance
         dq_variance = self._accumulation((ds2 + ds_variance + p2 * delta_variance) @ k2, ds @ self.k, seqlen_k)
         dq_variance += rowsum_variance * self._accumulation(k2.sum(2, keepdim=True), key_sum, seqlen_k)
-        by_keys = [ds_variance @ keys.square() + delta_variance * (self.p @ keys).square() for keys in keys_left]
-        dq_variance += torch.stack(by_keys).amax(0)
+        for keys in (centred, self.k) if self.dtype == torch.float64 else (centred,):
+            dq_variance += ds_variance @ keys.square() + delta_variance * (self.p @ keys).square()
         dk_variance = (ds_variance + p2 * delta_variance).mT @ q2
         dk_variance += (self._lost(ds).mT @ self.q).square()
         dk_variance += self._accumulation(ds2.mT @ q2, ds.mT @ self.q, seqlen_q)
