@@ -106,9 +106,9 @@ void launch_kernels(const BackwardParams& params, void (*main_kernel)(KernelPara
   const int64_t row_blocks = s.batch * s.heads_q * p.num_m_blocks;
   launch_kernel(preprocess_kernel<Element, kHeadDim, kBlockM>, s.batch * s.heads_kv + row_blocks,
                 kPreprocessThreads, 0, stream, "the v3 backward's preprocess kernel", p, s);
-  launch_kernel(main_kernel, p.schedule.num_walkers * Config::kClusterSize, Config::kNumThreads,
-                sizeof(typename Config::SharedStorage), stream, "the v3 backward's main kernel", p,
-                s, Overlap::kPrevious);
+  launch_kernel(main_kernel, int64_t{p.schedule.num_walkers} * Config::kClusterSize,
+                Config::kNumThreads, sizeof(typename Config::SharedStorage), stream,
+                "the v3 backward's main kernel", p, s, Overlap::kPrevious);
   if (params.dq.data == nullptr) return;
   launch_kernel(postprocess_kernel<Element, kHeadDim, kBlockM>,
                 row_blocks * (kBlockM / 64) * (kHeadDim / 64), kPostprocessThreads, 0, stream,
