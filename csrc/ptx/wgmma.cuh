@@ -30,6 +30,14 @@ __device__ __forceinline__ void wgmma_wait_group() {
   asm volatile("wgmma.wait_group.sync.aligned %0;\n" ::"n"(kPending) : "memory");
 }
 
+// A finished accumulator as an ordinary register, which may be read while later products run: for
+// the accumulator itself ptxas would wait until they have ended.
+__device__ __forceinline__ float wgmma_detach(float acc) {
+  float copy;
+  asm volatile("mov.f32 %0, %1;\n" : "=f"(copy) : "f"(acc));
+  return copy;
+}
+
 // In which direction the elements of an operand are contiguous in shared memory.
 enum class Major : int { kK = 0, kMN = 1 };
 

@@ -17,9 +17,10 @@ struct alignas(16) TileWork {
   int is_valid;        // 0: there are no more
 };
 
-template <typename Element_, int kHeadDim_>
+template <typename Element_, int kHeadDim_, bool kIsDeterministic_>
 struct Config {
   using Element = Element_;
+  static constexpr bool kIsDeterministic = kIsDeterministic_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kBlockM = backward_block_m(kHeadDim);
   static constexpr int kConsumers = 2;  // warpgroups of 64 keys
@@ -27,11 +28,11 @@ struct Config {
   static constexpr int kClusterSize = 1;
   static constexpr int kThreadBlockN = kBlockN;  // keys of a thread block of the cluster
   static constexpr bool kCentresKeys = true;     // dQ comes from K without its mean
-  static constexpr int kStages = 2;  // of Q and dO
+  static constexpr int kStages = 2;              // of Q and dO
   static constexpr int kNumThreads = (1 + kConsumers) * 128;
-  // Who computes dQ = dS K of a step: both warpgroups, half of the columns each, and add it to the
+  // Who computes the dQ of a step: both warpgroups, half of the columns each, and add it to the
   // accumulator from registers; or one of them all of it, the two in turns, and TMA adds it from
-  // shared memory.
+  // shared memory, for which there is no room at head_dim 128.
   static constexpr bool kSharesDq = kHeadDim == 128;
   // Registers of a thread: a launch gives every thread 65,536 / 384, rounded down to a multiple of
   // 8, and no more can be moved from the producer to the consumers.
@@ -49,7 +50,7 @@ struct Config {
     KVTile k_centred;  // K minus its mean
     QTile q[kStages], dout[kStages];
     DsTile ds[2];
-    GradientTile gradient[kConsumers];  // dV or dK on its way out
+    GradientTile gradient[kConsumers];                          // dV or dK on its way out
     alignas(128) float dq[kSharesDq ? 4 : kBlockM * kHeadDim];  // on its way out
     RowStatistics<kBlockM> statistics[kStages];
     alignas(16) float delta[kStages][kBlockM];

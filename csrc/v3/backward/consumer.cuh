@@ -3,6 +3,7 @@
 
 #include <type_traits>
 
+#include "ptx/global_counter.cuh"
 #include "ptx/reduction.cuh"
 #include "ptx/stmatrix.cuh"
 #include "ptx/warpgroup.cuh"
@@ -43,7 +44,10 @@ class Consumer {
         q_rows_desc_(sm90::Descriptor::mn_major(smem.q[0])),
         dout_rows_desc_(sm90::Descriptor::mn_major(smem.dout[0])),
         ds_desc_(sm90::Descriptor::k_major(smem.ds[0])),
-        k_centred_desc_(Config::kSharesDq ? sm90::Descriptor::mn_major(smem.k_centred).template tile<KSlab>(warpgroup_idx) : sm90::Descriptor::mn_major(smem.k_centred)) {}
+        k_centred_desc_(
+            Config::kSharesDq
+                ? sm90::Descriptor::mn_major(smem.k_centred).template tile<KSlab>(warpgroup_idx)
+                : sm90::Descriptor::mn_major(smem.k_centred)) {}
 
   __device__ __forceinline__ void run() {
     for (;; tile_at_.advance()) {
@@ -64,19 +68,19 @@ class Consumer {
   static __device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
 
   struct Step {
-    int row0;  // of the query block
-    int key0;  // of this warpgroup
-    int first_full_row;  // query blocks from here on see all its keys
+    int row0;                // of the query block
+    int key0;                // of this warpgroup
+    int first_full_row;      // query blocks from here on see all its keys
     bool is_first, is_last;  // of the tile
   };
 
   __device__ __forceinline__ void compute_tile() {
     const int first_row = uniform(tile().m_begin) * kBlockM;
     const int steps = (uniform(tile().m_end) - uniform(tile().m_begin)) * p_.group_size;
+    clear(acc_dv_);
     if (steps == 0) {
       stage_dk();
       clear(acc_dk_);
-      clear(acc_dv_);
       return;
     }
     const int key0 = uniform(tile().n_block) * kBlockN + 64 * warpgroup_idx_;
@@ -91,6 +95,7 @@ class Consumer {
       step.row0 += kBlockM;
       if (step.row0 >= p_.mask.seqlen_q) step.row0 = first_row;  // of the next head
     }
+    pass_turn();
     if (lane_idx_ == 0) ptx::mbarrier_arrive(smem_.k_centred_barriers.empty[0]);
     kv_at_.advance();
   }
@@ -121,11 +126,11 @@ class Consumer {
     compute_ds(acc_dp, acc_s, smem_.delta[at_.stage] + first_col());
     pack_operand<Element>(frag_ds, acc_dp);
     store_ds(frag_ds);
-    if (step.is_first) stage_dk();  // of the tile before; it goes on being summed up here
+    if (step.is_first) stage_dk();  // of the tile before
 
     if constexpr (Config::kSharesDq) {
       float acc_dq[kDqTiles][4];
-      issue_dv(frag_p, step);
+      issue_dv(frag_p);
       ptx::fence_proxy_async();
       ptx::named_barrier_sync(1, 256);  // dS is complete
       if (step.is_first) sm90::wait_full(smem_.k_centred_barriers, kv_at_);
@@ -133,6 +138,8 @@ class Consumer {
       sm90::gemm_ab<DsTile, KSlab>(acc_dq, ds_desc_.template tile<DsTile>(at_.stage),
                                    k_centred_desc_);
       issue_dk(frag_ds, step);
+      pass_turn();
+      await_turn(statistics.row_block);
       ptx::wgmma_wait_group<1>();
       if (p_.dq_accum != nullptr) {
 #pragma unroll
@@ -147,7 +154,7 @@ class Consumer {
       const int owner = at_.stage;  // of this step's dQ
       ptx::fence_proxy_async();
       if (owner != warpgroup_idx_) ptx::named_barrier_arrive(1 + owner, 256);
-      issue_dv(frag_p, step);
+      issue_dv(frag_p);
       issue_dk(frag_ds, step);
       ptx::wgmma_wait_group<0>();
       release_queries();
@@ -165,15 +172,32 @@ class Consumer {
     return dq_accum_offset<kHeadDim>(0, first, threadIdx.x % 128);
   }
 
+  // Deterministic gradients: key blocks add in order, a warp at a time. The turn is passed on a
+  // step later, when the additions are done and their completion need not be waited for.
+  __device__ __forceinline__ void await_turn(int row_block) {
+    if (!Config::kIsDeterministic) return;
+    if (lane_idx_ == 0) {
+      const int earlier_turns = tile().n_block * (4 * Config::kConsumers);
+      while (ptx::load_acquire(p_.dq_turns + 2 * int64_t{row_block}) < earlier_turns) {
+      }
+    }
+    added_block_ = row_block;
+    __syncwarp();
+  }
+  __device__ __forceinline__ void pass_turn() {
+    if (!Config::kIsDeterministic || added_block_ < 0) return;
+    __syncwarp();
+    if (lane_idx_ == 0) ptx::add_release(p_.dq_turns + 2 * int64_t{added_block_}, 1);
+    added_block_ = -1;
+  }
+
   __device__ __forceinline__ void release_queries() {
     if (lane_idx_ == 0) ptx::mbarrier_arrive(smem_.query_barriers.empty[at_.stage]);
   }
 
-  __device__ __forceinline__ void issue_dv(const uint32_t (&frag_p)[kTilesM / 2][4],
-                                           const Step& step) {
+  __device__ __forceinline__ void issue_dv(const uint32_t (&frag_p)[kTilesM / 2][4]) {
     ptx::wgmma_fence();
-    sm90::gemm_ab<QTile>(acc_dv_, frag_p, dout_rows_desc_.template tile<QTile>(at_.stage),
-                         !step.is_first);
+    sm90::gemm_ab<QTile>(acc_dv_, frag_p, dout_rows_desc_.template tile<QTile>(at_.stage), true);
   }
   __device__ __forceinline__ void issue_dk(const uint32_t (&frag_ds)[kTilesM / 2][4],
                                            const Step& step) {
@@ -201,8 +225,7 @@ class Consumer {
       }
 #pragma unroll
       for (int row = 0; row < 64; row += 16) {
-        const int offset =
-            KVTile::chunk_offset(64 * warpgroup_idx_ + row + thread_idx / 8, col);
+        const int offset = KVTile::chunk_offset(64 * warpgroup_idx_ + row + thread_idx / 8, col);
         uint4 bits = *reinterpret_cast<const uint4*>(smem_.k.data + offset);
         auto* x = reinterpret_cast<Pair*>(&bits);
 #pragma unroll
@@ -308,6 +331,7 @@ class Consumer {
   sm90::RingPosition<2> tile_at_;
   sm90::RingPosition<1> gradient_at_;
   bool holds_dk_ = false;
+  int added_block_ = -1;  // whose turn is to be passed on
   sm90::RingPosition<1> kv_at_;
 
   float acc_dk_[kHeadDim / 8][4];

@@ -1,4 +1,38 @@
-// v3 backward at head_dim up to 128.
+// v3 backward at head_dim up to 128: FlashAttention-2's backward (Dao 2023, arXiv 2307.08691,
+// Algorithm 2) on wgmma and TMA, by specialised warps. The grid is persistent, one thread block a
+// multiprocessor; a tile is a block of 128 keys of one key head.
+//
+//   producer, one thread      announces the tiles; loads K, V, and of each step Q, dO, L, delta
+//   gradients, one thread     sends dV and dK off
+//   dQ, one thread            head_dim 64 alone: adds dQ to memory
+//   consumers, 64 keys each   the products
+//
+// A tile's steps are the query blocks that see it, of every query head in the group. Everything is
+// computed transposed, keys down the rows, so that P and dS are operands of the next products as
+// the registers hold them:
+//   1. S^T = K Q^T and dP^T = V dO^T are issued
+//   2. wait for S; P = exp2(S - L); wait for dP; dS = P * (dP - delta)
+//   3. dS goes to shared memory, where its rows are queries, for dQ
+//   4. dV += P^T dO, dK += dS^T Q from registers, and dQ = dS (K - mean of K), which needs the dS
+//      of both warpgroups. At head_dim 64 they compute dQ in turns, so that while one does, the
+//      other runs ahead into its next softmax; it leaves through shared memory. At head_dim 128
+//      each computes half of the columns and adds it from registers.
+//
+// Between two tiles nothing waits for memory. K and V of the next one arrive behind the last step;
+// dV goes to shared memory at the end of the tile and dK, for which there is no room beside it, in
+// the middle of the next tile's first step, when its registers are needed.
+//
+// Barriers                     who arrives                        who waits
+//   tile full                  the producer                       everyone else
+//   tile empty                 everyone else                      the producer
+//   query full                 the producer, then TMA's bytes     consumers
+//   query empty                every consumer warp                the producer
+//   K, V full / empty          likewise
+//   centred K full / empty     every consumer warp                consumers, at a tile's first dQ /
+//                                                                 before it is overwritten
+//   gradient full / empty      every consumer warp / its thread   its thread / consumers
+//   dQ full / empty            the owner's warps / its thread     its thread / the next owner
+//   named 1, 2                 consumers: dS is in shared memory  consumers that need it for dQ
 #pragma once
 
 #include "v3/backward/consumer.cuh"

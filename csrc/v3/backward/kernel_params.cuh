@@ -47,6 +47,7 @@ struct KernelParams {
   float* key_mean;
   float* dq_accum;    // nullptr: dQ is not asked for
   float* dq_row_sum;  // nullptr: dQ is accumulated without the mean of K
+  int* dq_turns;      // nullptr: dQ's summands may be added in any order
 };
 
 // The block of query rows that is m_block-th of its head, counted over all heads.

@@ -40,7 +40,9 @@ Schedule make_schedule(const BackwardParams& params) {
   const int64_t num_n_blocks = (s.seqlen_k + Config::kBlockN - 1) / Config::kBlockN;
   const int64_t num_tiles = grid_size(num_n_blocks * s.batch * s.heads_kv, s);
   const int64_t num_walkers =
-      std::min<int64_t>(num_tiles, multiprocessor_count(s) / Config::kClusterSize);
+      params.deterministic
+          ? num_tiles  // so that a tile waits only for earlier ones, which have been dispatched
+          : std::min<int64_t>(num_tiles, multiprocessor_count(s) / Config::kClusterSize);
   return {static_cast<int>(num_n_blocks), static_cast<int>(num_tiles), static_cast<int>(s.heads_kv),
           static_cast<int>(section_heads<Config>(params, num_n_blocks, num_walkers)),
           static_cast<int>(num_walkers)};
@@ -57,36 +59,39 @@ KernelParams make_kernel_params(const BackwardParams& params) {
   const auto gradient_map = [&](const TensorView& view) {
     return view.data != nullptr ? map(view, s.heads_kv, s.seqlen_k, 64) : CUtensorMap{};
   };
-  return KernelParams{
-      map(params.q, s.heads_q, s.seqlen_q, Config::kBlockM),
-      map(params.k, s.heads_kv, s.seqlen_k, Config::kThreadBlockN),
-      map(params.v, s.heads_kv, s.seqlen_k, Config::kThreadBlockN),
-      map(params.dout, s.heads_q, s.seqlen_q, Config::kBlockM),
-      gradient_map(params.dk),
-      gradient_map(params.dv),
-      params.k,
-      params.out,
-      params.dout,
-      params.dq,
-      params.dk,
-      params.dv,
-      static_cast<const float*>(params.lse),
-      static_cast<const float*>(params.dlse),
-      params.mask,
-      SoftmaxScale(params.softmax_scale),
-      static_cast<float>(params.softmax_scale),
-      static_cast<int>(s.head_dim),
-      static_cast<int>(s.heads_q),
-      static_cast<int>(s.heads_kv),
-      static_cast<int>(s.group_size()),
-      static_cast<int>(sections.num_m_blocks),
-      make_schedule<Config>(params),
-      params.workspace + sections.lse_log2,
-      params.workspace + sections.delta,
-      params.workspace + sections.key_mean,
-      params.dq.data != nullptr ? params.workspace + sections.dq_accum : nullptr,
-      params.dq.data != nullptr && !Config::kCentresKeys ? params.workspace + sections.dq_row_sum
-                                                         : nullptr};
+  return KernelParams{map(params.q, s.heads_q, s.seqlen_q, Config::kBlockM),
+                      map(params.k, s.heads_kv, s.seqlen_k, Config::kThreadBlockN),
+                      map(params.v, s.heads_kv, s.seqlen_k, Config::kThreadBlockN),
+                      map(params.dout, s.heads_q, s.seqlen_q, Config::kBlockM),
+                      gradient_map(params.dk),
+                      gradient_map(params.dv),
+                      params.k,
+                      params.out,
+                      params.dout,
+                      params.dq,
+                      params.dk,
+                      params.dv,
+                      static_cast<const float*>(params.lse),
+                      static_cast<const float*>(params.dlse),
+                      params.mask,
+                      SoftmaxScale(params.softmax_scale),
+                      static_cast<float>(params.softmax_scale),
+                      static_cast<int>(s.head_dim),
+                      static_cast<int>(s.heads_q),
+                      static_cast<int>(s.heads_kv),
+                      static_cast<int>(s.group_size()),
+                      static_cast<int>(sections.num_m_blocks),
+                      make_schedule<Config>(params),
+                      params.workspace + sections.lse_log2,
+                      params.workspace + sections.delta,
+                      params.workspace + sections.key_mean,
+                      params.dq.data != nullptr ? params.workspace + sections.dq_accum : nullptr,
+                      params.dq.data != nullptr && !Config::kCentresKeys
+                          ? params.workspace + sections.dq_row_sum
+                          : nullptr,
+                      params.dq.data != nullptr && params.deterministic
+                          ? reinterpret_cast<int*>(params.workspace + sections.dq_turns)
+                          : nullptr};
 }
 
 template <typename Config>
@@ -101,9 +106,9 @@ void launch_kernels(const BackwardParams& params, void (*main_kernel)(KernelPara
   const int64_t row_blocks = s.batch * s.heads_q * p.num_m_blocks;
   launch_kernel(preprocess_kernel<Element, kHeadDim, kBlockM>, s.batch * s.heads_kv + row_blocks,
                 kPreprocessThreads, 0, stream, "the v3 backward's preprocess kernel", p, s);
-  launch_kernel(main_kernel, p.schedule.num_walkers * Config::kClusterSize, Config::kNumThreads,
-                sizeof(typename Config::SharedStorage), stream, "the v3 backward's main kernel", p,
-                s, Overlap::kPrevious);
+  launch_kernel(main_kernel, int64_t{p.schedule.num_walkers} * Config::kClusterSize,
+                Config::kNumThreads, sizeof(typename Config::SharedStorage), stream,
+                "the v3 backward's main kernel", p, s, Overlap::kPrevious);
   if (params.dq.data == nullptr) return;
   launch_kernel(postprocess_kernel<Element, kHeadDim, kBlockM>,
                 row_blocks * (kBlockM / 64) * (kHeadDim / 64), kPostprocessThreads, 0, stream,
@@ -121,8 +126,13 @@ void launch_backward_v3(const BackwardParams& params, CudaStream stream) {
     using Main = PairConfig<Element>;
     launch_kernels<Main>(params, pair_kernel<Main>, stream);
   } else {
-    using Main = Config<Element, kHeadDim>;
-    launch_kernels<Main>(params, backward_kernel<Main>, stream);
+    if (params.deterministic && params.dq.data != nullptr) {
+      using Main = Config<Element, kHeadDim, /*kIsDeterministic=*/true>;
+      launch_kernels<Main>(params, backward_kernel<Main>, stream);
+    } else {
+      using Main = Config<Element, kHeadDim, /*kIsDeterministic=*/false>;
+      launch_kernels<Main>(params, backward_kernel<Main>, stream);
+    }
   }
 }
 

@@ -18,7 +18,7 @@ class KeyGradient {
   using HalfTile = typename Config::HalfTile;
   using ScoreTile = typename Config::ScoreTile;
   using SharedStorage = typename Config::SharedStorage;
-  using StagePosition = sm90::RingPosition<Config::kStages>;
+
   static constexpr int kTilesM = Config::kBlockM / 8;  // of eight columns, here queries
   static constexpr int kTilesHalf = Config::kHalfDim / 8;
 
@@ -51,6 +51,7 @@ class KeyGradient {
     ptx::wgmma_wait_group<0>();
     release_dout();
     compute_ds(acc_dp);
+    // dK before the next block's dP: Q is let go of the sooner.
 #pragma unroll 1
     while (--blocks > 0) {
       await_ds();
@@ -181,7 +182,7 @@ class KeyGradient {
   const KernelParams& p_;
   const int warp_idx_;
   const int lane_idx_;
-  StagePosition at_;                                 // of the block's Q, P and dS
+  sm90::RingPosition<Config::kStages> at_;           // of the block's Q, P and dS
   sm90::RingPosition<Config::kDoutStages> dout_at_;  // of the first half of its dO
   float acc_dk_[2][kTilesHalf][4];
 };

@@ -16,7 +16,6 @@ class ValueGradient {
   using HalfTile = typename Config::HalfTile;
   using ScoreTile = typename Config::ScoreTile;
   using SharedStorage = typename Config::SharedStorage;
-  using StagePosition = sm90::RingPosition<Config::kStages>;
   static constexpr int kTilesM = Config::kBlockM / 8;  // of eight columns, here queries
   static constexpr int kKSteps = Config::kBlockM / sm90::kWgmmaK;
   static constexpr int kTilesHalf = Config::kHalfDim / 8;
@@ -51,10 +50,11 @@ class ValueGradient {
     if (blocks == 0) return;
     float acc_s[kTilesM][4];
     uint32_t frag_p[kKSteps][4];
-    issue_s(acc_s, at_);
+    issue_s(acc_s);
     ptx::wgmma_wait_group<0>();
-    compute_p(acc_s, at_, tile.key0);
-    // While the tensor cores add this block's P^T dO to dV, its scores become the next one's P.
+    compute_p(acc_s, tile.key0);
+    // dV before the next block's S: dO, of which there is room for one and a half, is let go of
+    // sooner, and P's registers are free for S.
 #pragma unroll 1
     while (--blocks > 0) {
       pack_operand<Element>(frag_p, acc_s);
@@ -64,9 +64,9 @@ class ValueGradient {
       release_dout_half();
       ptx::wgmma_wait_group<0>();
       release_dout_half();
-      issue_s(acc_s, at_);
+      issue_s(acc_s);
       ptx::wgmma_wait_group<0>();
-      compute_p(acc_s, at_, tile.key0);
+      compute_p(acc_s, tile.key0);
     }
     pack_operand<Element>(frag_p, acc_s);
     publish_p(frag_p);
@@ -81,11 +81,12 @@ class ValueGradient {
     dout_at_.advance();
   }
 
-  __device__ __forceinline__ void issue_s(float (&acc_s)[kTilesM][4], StagePosition at) {
-    sm90::wait_full(smem_.q_barriers, at);
+  __device__ __forceinline__ void issue_s(float (&acc_s)[kTilesM][4]) {
+    sm90::wait_full(smem_.q_barriers, at_);
     ptx::wgmma_fence();
-    sm90::gemm_abt<Tile, Tile>(acc_s, sm90::Descriptor::k_major(smem_.k),
-                               sm90::Descriptor::k_major(smem_.q[0]).template tile<Tile>(at.stage));
+    sm90::gemm_abt<Tile, Tile>(
+        acc_s, sm90::Descriptor::k_major(smem_.k),
+        sm90::Descriptor::k_major(smem_.q[0]).template tile<Tile>(at_.stage));
   }
 
   __device__ __forceinline__ void issue_dv(const uint32_t (&frag_p)[kKSteps][4]) {
@@ -102,9 +103,8 @@ class ValueGradient {
   }
 
   // P = exp2(S - L), and lets go of Q.
-  __device__ __forceinline__ void compute_p(float (&acc_s)[kTilesM][4], StagePosition at,
-                                            int key0) {
-    const auto& statistics = smem_.statistics[at.stage];
+  __device__ __forceinline__ void compute_p(float (&acc_s)[kTilesM][4], int key0) {
+    const auto& statistics = smem_.statistics[at_.stage];
     const int row0 = statistics.row0;
     const int row = row0 + lane_idx_ % 4 * 2;
     if (!block_is_full(p_.mask, row0, key0, Config::kThreadBlockN) || statistics.has_huge) {
@@ -116,7 +116,7 @@ class ValueGradient {
       }
     }
     recompute_p(acc_s, statistics.lse_log2 + lane_idx_ % 4 * 2, signed_scale_log2_);
-    arrive(smem_.q_barriers.empty[at.stage]);
+    arrive(smem_.q_barriers.empty[at_.stage]);
   }
 
   // To the same 16 keys' warp of the warpgroup of dK.
@@ -155,7 +155,7 @@ class ValueGradient {
   const int warp_idx_;
   const int lane_idx_;
   const float signed_scale_log2_;
-  StagePosition at_;                                 // of the block's Q and P
+  sm90::RingPosition<Config::kStages> at_;           // of the block's Q and P
   sm90::RingPosition<Config::kDoutStages> dout_at_;  // of the first half of its dO
   float acc_dv_[2][kTilesHalf][4];
 };

@@ -46,11 +46,12 @@ __global__ void __launch_bounds__(kPostprocessThreads)
     for (int half = 0; half < 2; ++half) {
       const int row = row0 + lane_idx / 4 + 8 * half;
       const int64_t at = batch_head * p.mask.seqlen_q + row;
-      const bool has_dlse =
-          p.dlse != nullptr && row < p.mask.seqlen_q && p.lse[at] != -INFINITY;
+      const bool has_dlse = p.dlse != nullptr && row < p.mask.seqlen_q && p.lse[at] != -INFINITY;
       float missing = has_dlse ? p.dlse[at] : 0.f;
       if (p.dq_row_sum != nullptr) {
-        missing -= p.dq_row_sum[rows64 * 64 + threadIdx.x / 32 * 16 + lane_idx / 4 + 8 * half];
+        const float* sums =
+            p.dq_row_sum + rows64 * 128 + threadIdx.x / 32 * 16 + lane_idx / 4 + 8 * half;
+        missing -= sums[0] + sums[64];
       }
 #pragma unroll
       for (int n = 0; n < kTilesN; ++n) {

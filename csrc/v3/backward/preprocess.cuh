@@ -60,9 +60,10 @@ __device__ __forceinline__ void row_statistics(const KernelParams& p, int64_t bl
       accum[i * kPreprocessThreads + threadIdx.x] = make_float4(0.f, 0.f, 0.f, 0.f);
     }
   }
-  if (p.dq_row_sum != nullptr && threadIdx.x < kBlockM) {
-    p.dq_row_sum[block * kBlockM + threadIdx.x] = 0.f;
+  if (p.dq_row_sum != nullptr && threadIdx.x < 2 * kBlockM) {
+    p.dq_row_sum[block * (2 * kBlockM) + threadIdx.x] = 0.f;
   }
+  if (p.dq_turns != nullptr && threadIdx.x < 2) p.dq_turns[2 * block + threadIdx.x] = 0;
   auto& statistics = reinterpret_cast<RowStatistics<kBlockM>*>(p.row_statistics)[block];
   bool has_huge = false;
 #pragma unroll

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "ptx/bulk_copy.cuh"
+#include "ptx/global_counter.cuh"
 #include "ptx/griddepcontrol.cuh"
 #include "sm90/copy_tile.cuh"
 #include "v3/backward/config.cuh"
@@ -57,8 +58,12 @@ class Producer {
   __device__ __forceinline__ TileWork announce(const Tile& tile) {
     const BlockRange blocks =
         query_blocks(p_.mask, tile.n_block * Config::kBlockN, Config::kBlockM);
-    const TileWork work{tile.n_block,  tile.kv_head_idx, tile.batch_idx,
-                        blocks.begin, tile.is_valid ? blocks.end : blocks.begin, tile.is_valid};
+    const TileWork work{tile.n_block,
+                        tile.kv_head_idx,
+                        tile.batch_idx,
+                        blocks.begin,
+                        tile.is_valid ? blocks.end : blocks.begin,
+                        tile.is_valid};
     sm90::wait_empty(smem_.tile_barriers, tile_at_);
     smem_.tile[tile_at_.stage] = work;
     ptx::mbarrier_arrive(smem_.tile_barriers.full[tile_at_.stage]);
@@ -79,8 +84,9 @@ class Producer {
   __device__ __forceinline__ void load_keys(const TileWork& tile) {
     const sm90::TileCoords from{tile.n_block * Config::kBlockN, tile.kv_head_idx, tile.batch_idx};
     sm90::wait_empty(smem_.k_barriers, kv_at_);
-    ptx::mbarrier_arrive_expect_tx(smem_.k_barriers.full[0],
-                                   Config::KVTile::kBytes + static_cast<int>(sizeof(smem_.key_mean)));
+    ptx::mbarrier_arrive_expect_tx(
+        smem_.k_barriers.full[0],
+        Config::KVTile::kBytes + static_cast<int>(sizeof(smem_.key_mean)));
     sm90::load_slabs(smem_.k, p_.k_map, smem_.k_barriers.full[0], from);
     sm90::wait_empty(smem_.v_barriers, kv_at_);
     sm90::load_tile(smem_.v, p_.v_map, smem_.v_barriers.full[0], from);
@@ -93,8 +99,7 @@ class Producer {
                    smem_.k_barriers.full[0]);
   }
 
-  __device__ __forceinline__ void load_statistics(const TileWork& tile, int head_idx,
-                                                  int m_block) {
+  __device__ __forceinline__ void load_statistics(const TileWork& tile, int head_idx, int m_block) {
     const int64_t block = row_block(p_, tile.batch_idx, head_idx, m_block);
     auto& full = smem_.query_barriers.full[at_.stage];
     ptx::bulk_load(&smem_.statistics[at_.stage],
@@ -116,7 +121,7 @@ class Producer {
 // other thread blocks add, too.
 template <typename Config>
 __device__ __forceinline__ void add_dq(typename Config::SharedStorage& smem,
-                                          const KernelParams& p) {
+                                       const KernelParams& p) {
   constexpr int kFloats = Config::kBlockM * Config::kHeadDim;
   sm90::RingPosition<1> dq_at;
   for (sm90::RingPosition<2> at;; at.advance()) {
@@ -127,12 +132,22 @@ __device__ __forceinline__ void add_dq(typename Config::SharedStorage& smem,
     for_each_step(p, tile, [&](int head_idx, int m_block) {
       const int64_t block = row_block(p, tile.batch_idx, head_idx, m_block);
       sm90::wait_full(smem.dq_barriers, dq_at);
+      if (Config::kIsDeterministic) {  // key blocks add in order
+        while (ptx::load_acquire(p.dq_turns + 2 * block) < tile.n_block) {
+        }
+        ptx::fence_proxy_async_all();
+      }
       if (p.dq_accum != nullptr) {
         ptx::bulk_reduce_add(p.dq_accum + block * kFloats, smem.dq, sizeof(smem.dq));
         ptx::tma_store_commit_group();
         ptx::tma_store_wait_read();
       }
       ptx::mbarrier_arrive(smem.dq_barriers.empty[0]);
+      if (Config::kIsDeterministic) {
+        ptx::bulk_wait();
+        ptx::fence_proxy_async_all();
+        ptx::add_release(p.dq_turns + 2 * block, 1);
+      }
       dq_at.advance();
     });
   }

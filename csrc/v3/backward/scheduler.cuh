@@ -15,9 +15,9 @@ struct Tile {
   bool is_valid;  // false: there are no more
 };
 
-// The grid is persistent: thread block (or cluster) c of n takes the tiles c, 2n-1-c, 2n+c, 4n-1-c, ... of an
-// order in which tiles get shorter, so that what one round gives a block too much the next takes
-// back.
+// The grid is persistent: thread block (or cluster) c of n takes the tiles c, 2n-1-c, 2n+c, 4n-1-c,
+// ... of an order in which tiles get shorter, so that what one round gives a block too much the
+// next takes back.
 //
 // The order: heads are cut into sections, whose queries should fit in L2 together. A section's
 // tiles come by key block, first (under a causal mask: longest) first; the heads of a block side by

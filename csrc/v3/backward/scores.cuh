@@ -1,6 +1,6 @@
-// P and dS from the accumulators of S^T and dP^T: rows are keys, columns are queries. A thread holds
-// two rows, lane / 4 and lane / 4 + 8 of its warp's sixteen, and of eight columns 2 (lane % 4) and
-// the next.
+// P and dS from the accumulators of S^T and dP^T: rows are keys, columns are queries. A thread
+// holds two rows, lane / 4 and lane / 4 + 8 of its warp's sixteen, and of eight columns 2 (lane %
+// 4) and the next.
 #pragma once
 
 #include "common/numeric.cuh"

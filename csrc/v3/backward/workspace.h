@@ -16,7 +16,10 @@ inline constexpr int backward_block_m(int64_t padded_head_dim) {
 //   delta:     (batch, heads_q, padded seqlen_q)
 //   key_mean:  (batch, heads_kv, padded head_dim)
 //   dq_accum:  (batch, heads_q, padded seqlen_q, padded head_dim), where dQ is asked for
-//   dq_row_sum: (batch, heads_q, padded seqlen_q), likewise; at head_dim 256 only
+//   dq_row_sum: (batch, heads_q, blocks of seqlen_q, 2, kBlockM), likewise, at head_dim
+//               256 only
+//   dq_turns:   integers, (batch, heads_q, blocks of seqlen_q, 2), likewise, for deterministic
+//               gradients only
 struct BackwardWorkspace {
   int64_t num_m_blocks = 0;
   int64_t lse_log2 = 0;
@@ -24,6 +27,7 @@ struct BackwardWorkspace {
   int64_t key_mean = 0;
   int64_t dq_accum = 0;
   int64_t dq_row_sum = 0;
+  int64_t dq_turns = 0;
   int64_t num_floats = 0;
 
   explicit BackwardWorkspace(const BackwardParams& params) {
@@ -33,10 +37,12 @@ struct BackwardWorkspace {
     const int64_t blocks = s.batch * s.heads_q * num_m_blocks;
     delta = lse_log2 + blocks * (block_m + 4);
     key_mean = delta + blocks * block_m;
-    dq_accum = key_mean + s.batch * s.heads_kv * s.padded_head_dim();
+    // Where whole lines of 128 bytes are added.
+    dq_accum = (key_mean + s.batch * s.heads_kv * s.padded_head_dim() + 31) / 32 * 32;
     const int64_t dq_rows = params.dq.data != nullptr ? blocks * block_m : 0;
     dq_row_sum = dq_accum + dq_rows * s.padded_head_dim();
-    num_floats = dq_row_sum + (s.padded_head_dim() == 256 ? dq_rows : 0);
+    dq_turns = dq_row_sum + (s.padded_head_dim() == 256 ? 2 * dq_rows : 0);
+    num_floats = dq_turns + (params.deterministic ? 2 * dq_rows / block_m : 0);
   }
 };
 
