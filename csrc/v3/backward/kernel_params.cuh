@@ -2,6 +2,9 @@
 #pragma once
 
 #include <cuda.h>
+#include <cuda_fp16.h>
+
+#include <type_traits>
 
 #include "common/mask.h"
 #include "common/online_softmax.cuh"
@@ -10,10 +13,16 @@
 
 namespace flash_ext::v3::backward {
 
+// At head_dim 256 weights go from one warpgroup to another as elements. The smallest fp16 is 2^-24:
+// there they are multiplied by 2^14 on the way, lest too many become 0.
+template <typename Element, int kHeadDim>
+inline constexpr int kWeightShift = kHeadDim == 256 && std::is_same_v<Element, __half> ? 14 : 0;
+
 // The log-sum-exp of a block's query rows as the main kernel copies it to shared memory.
 template <int kBlockM>
 struct alignas(16) RowStatistics {
-  float lse_log2[kBlockM];  // +inf: a row that sees nothing, or padding; 0: is_huge_lse()
+  // +inf: a row that sees nothing, or padding; 0: is_huge_lse(); all less kWeightShift
+  float lse_log2[kBlockM];
   int has_huge;             // there is such a row
   int batch_head;           // whose rows these are
   int row_block;            // see row_block()

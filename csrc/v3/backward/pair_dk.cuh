@@ -142,11 +142,12 @@ class KeyGradient {
   static __device__ __forceinline__ void compute_eight(uint32_t* frag, const float (&acc_dp)[4],
                                                        const float* delta) {
     const float2 d = *reinterpret_cast<const float2*>(delta);
+    constexpr float kScale = 1.f / (1 << kWeightShift<Element, Config::kHeadDim>);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float2 p = unpack<Element>(frag[half]);
-      frag[half] =
-          pack<Element>(p.x * (acc_dp[2 * half] - d.x), p.y * (acc_dp[2 * half + 1] - d.y));
+      frag[half] = pack<Element>(p.x * kScale * (acc_dp[2 * half] - d.x),
+                                 p.y * kScale * (acc_dp[2 * half + 1] - d.y));
     }
   }
 

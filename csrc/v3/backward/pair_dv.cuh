@@ -134,6 +134,7 @@ class ValueGradient {
 
   __device__ __forceinline__ void store(const PairTile& tile) const {
     if (p_.dv.data == nullptr) return;
+    constexpr float kScale = 1.f / (1 << kWeightShift<Element, Config::kHeadDim>);
     const int row0 = tile.key0 + 16 * warp_idx_;
     Element* dv = static_cast<Element*>(p_.dv.data) + tile.batch_idx * p_.dv.batch_stride +
                   tile.kv_head_idx * p_.dv.head_stride + row0 * p_.dv.row_stride;
@@ -141,7 +142,7 @@ class ValueGradient {
     for (int half = 0; half < 2; ++half) {
       const int col0 = half * Config::kHalfDim;
       sm90::store_rows(dv + col0, p_.dv.row_stride, p_.mask.seqlen_k - row0, p_.head_dim - col0,
-                       acc_dv_[half], 1.f, lane_idx_);
+                       acc_dv_[half], kScale, lane_idx_);
     }
   }
 

@@ -83,7 +83,8 @@ __device__ __forceinline__ void row_statistics(const KernelParams& p, int64_t bl
       const float lse = is_row ? p.lse[at] : -INFINITY;
       const float dlse = p.dlse != nullptr && lse != -INFINITY ? p.dlse[at] : 0.f;
       p.delta[block * kBlockM + in_block] = sum - dlse;
-      statistics.lse_log2[in_block] = is_huge_lse(lse) ? 0.f : backward_lse_log2(lse);
+      statistics.lse_log2[in_block] = (is_huge_lse(lse) ? 0.f : backward_lse_log2(lse)) -
+                                      static_cast<float>(kWeightShift<Element, kHeadDim>);
       has_huge |= is_huge_lse(lse);
     }
   }
