@@ -23,10 +23,10 @@ template <int kBlockM>
 struct alignas(16) RowStatistics {
   // +inf: a row that sees nothing, or padding; 0: is_huge_lse(); all less kWeightShift
   float lse_log2[kBlockM];
-  int has_huge;             // there is such a row
-  int batch_head;           // whose rows these are
-  int row_block;            // see row_block()
-  int row0;                 // the first of them
+  int has_huge;    // there is such a row
+  int batch_head;  // whose rows these are
+  int row_block;   // see row_block()
+  int row0;        // the first of them
 };
 
 // Of a log-sum-exp in natural units: see kHugeLog2, and subtract_huge_lse().
