@@ -172,12 +172,20 @@ def claims_on_v3(folder, pass_name):
 def test_claims_on_v3(tmp_path, pass_name):
     assert {row["measured"] for row in claims_on_v3(tmp_path, pass_name)} == {None}
     recorded_grid(tmp_path, {"sdpa_cudnn": 1.0, "flash_ext_v3": 1.1})
-    peers = [row["best_over_cudnn"] for row in claims.PEERS[pass_name]]
     measured = [float(row["measured"]) for row in claims_on_v3(tmp_path, pass_name)]
-    mean = math.exp(sum(math.log(1.1 / peer) for peer in peers) / len(peers))
-    expected = [1.1, mean, 1.1 / max(peers), sum(peer <= 1.1 for peer in peers)]
+    cells = claims.PEERS[pass_name]
+    peers = [row["best_over_cudnn"] for row in cells]
+
+    def mean(rows):
+        return math.exp(sum(math.log(1.1 / row["best_over_cudnn"]) for row in rows) / len(rows))
+
+    short = [row for row in cells if row["seqlen"] <= 1024]
+    wide = [row for row in cells if row["head_dim"] == 256]
+    ends = [1.1 / max(peers), sum(peer <= 1.1 for peer in peers)]
     if pass_name == "forward":
-        expected = [1.1, *expected]  # at 512 and 1k
+        expected = [1.1, 1.1, mean(cells), *ends]  # the first at 512 and 1k
+    else:
+        expected = [1.1, mean(cells), mean(short), mean(wide), *ends]
     assert measured == pytest.approx(expected, abs=0.006)
     recorded_grid(tmp_path, {"sdpa_cudnn": 1.0})
     assert {row["measured"] for row in claims_on_v3(tmp_path, pass_name)} == {None}
