@@ -2,6 +2,7 @@
 // before and waits after.
 #pragma once
 
+#include "common/numeric.cuh"
 #include "ptx/wgmma.cuh"
 #include "sm90/smem_tile.cuh"
 
@@ -25,6 +26,17 @@ __device__ __forceinline__ void gemm_abt(float (&acc)[kN / 8][4], Descriptor a, 
         accumulates || k > 0);
   }
   ptx::wgmma_commit_group();
+}
+
+// An accumulator as the A operand of the next product; zeros where that has more columns.
+template <typename Element, int kSteps, int kN>
+__device__ __forceinline__ void pack_operand(uint32_t (&frag)[kSteps][4],
+                                             const float (&acc)[kN][4]) {
+#pragma unroll
+  for (int n = 0; n < 2 * kSteps; ++n) {
+    frag[n / 2][n % 2 * 2] = n < kN ? pack<Element>(acc[n % kN][0], acc[n % kN][1]) : 0;
+    frag[n / 2][n % 2 * 2 + 1] = n < kN ? pack<Element>(acc[n % kN][2], acc[n % kN][3]) : 0;
+  }
 }
 
 // acc (+)= A B: A's fragments are in registers, B's rows in shared memory run along k.

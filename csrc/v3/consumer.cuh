@@ -136,7 +136,7 @@ class Consumer {
     if (work.end > work.full_end) mask_block(acc_s, work, work.end - 1);
     softmax_.update_max(acc_s, p_.scale.log2);
     softmax_.template weights<0, kKeys / 8>(acc_s, p_.scale.log2);
-    pack_operand<Element>(frag_p_, acc_s);
+    sm90::pack_operand<Element>(frag_p_, acc_s);
   }
 
   __device__ __forceinline__ void other_blocks(Work& work) {
@@ -170,7 +170,7 @@ class Consumer {
     ptx::wgmma_wait_group<0>();
     release_v();
     softmax_.template weights<kEarlyTiles, kTilesN>(acc_s, p_.scale.log2);
-    pack_operand<Element>(frag_p_, acc_s);
+    sm90::pack_operand<Element>(frag_p_, acc_s);
     softmax_.rescale_accumulator(acc_o_);
   }
 
@@ -204,7 +204,8 @@ class Consumer {
   // another.
   __device__ __forceinline__ int64_t head_row(const WarpgroupTile& tile) const {
     const int64_t batch_head = int64_t{tile.batch_idx} * p_.schedule.heads_q + tile.head_idx;
-    const int64_t before = Config::kSplitsKeys ? int64_t{tile.split} * p_.schedule.batch_heads : 0;
+    const int64_t before =
+        Config::kSplitsKeys ? int64_t{tile.split} * p_.schedule.order.num_heads : 0;
     return (before + batch_head) * p_.mask.seqlen_q;
   }
 

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <numeric>
 
 #include "common/launch_kernel.cuh"
 #include "launch.h"
@@ -14,12 +13,8 @@
 namespace flash_ext {
 namespace v3 {
 
-// K and V of a section should stay in L2 (50 MB) beside what else passes through.
-inline constexpr int64_t kSectionBytes = 32 << 20;
-
-// How many heads make a section. Under a causal mask a section ends where two rounds of the grid
-// end, or the next one's long tiles would fall to some thread blocks alone. Without a mask all
-// tiles are equal, and heads one after the other are the best for L2.
+// How many heads make a section, whose K and V should stay in L2. Without a mask all tiles are
+// equal, and heads one after the other are the best for it.
 template <typename Config>
 int64_t section_heads(const ForwardParams& params, int64_t num_m_blocks, int64_t num_blocks) {
   const AttentionShape& s = params.shape;
@@ -27,11 +22,9 @@ int64_t section_heads(const ForwardParams& params, int64_t num_m_blocks, int64_t
   // A head's tiles side by side read its K and V together, and an even number of them pairs off
   // over two rounds. H200, 512 keys: +3% at d=128, +6% at d=256.
   if (num_m_blocks % 2 == 0 && 2 * num_blocks % num_m_blocks == 0) return 1;
-  const int64_t unit = 2 * num_blocks / std::gcd(2 * num_blocks, num_m_blocks);
   const int64_t head_bytes =
       2 * s.seqlen_k * s.head_dim * int64_t{sizeof(typename Config::Element)} / s.group_size();
-  const int64_t units = std::max<int64_t>(1, kSectionBytes / (unit * head_bytes + 1));
-  return std::min(units * unit, s.batch * s.heads_q);
+  return heads_per_section(num_m_blocks, s.batch * s.heads_q, head_bytes, num_blocks);
 }
 
 template <typename Config>
@@ -42,12 +35,10 @@ Schedule make_schedule(const ForwardParams& params) {
   const int64_t splits = num_splits(s, multiprocessor_count(s));
   const int64_t num_tiles = grid_size(splits * num_m_blocks * s.batch * s.heads_q, s);
   const int64_t num_blocks = std::min<int64_t>(num_tiles, multiprocessor_count(s));
-  return {static_cast<int>(num_m_blocks),
-          static_cast<int>(splits),
-          static_cast<int>(num_tiles),
-          static_cast<int>(s.heads_q),
-          static_cast<int>(s.batch * s.heads_q),
-          static_cast<int>(section_heads<Config>(params, num_m_blocks, num_blocks)),
+  const int64_t section = section_heads<Config>(params, num_m_blocks, num_blocks);
+  const TileOrder order{static_cast<int>(num_m_blocks), static_cast<int>(s.batch * s.heads_q),
+                        static_cast<int>(section)};
+  return {order, static_cast<int>(splits), static_cast<int>(num_tiles), static_cast<int>(s.heads_q),
           static_cast<int>(num_blocks)};
 }
 

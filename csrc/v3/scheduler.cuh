@@ -3,6 +3,7 @@
 
 #include "common/block_range.h"
 #include "common/mask.h"
+#include "v3/tile_order.cuh"
 
 namespace flash_ext::v3 {
 
@@ -53,46 +54,29 @@ FLASH_HOST_DEVICE BlockRange split_blocks(int blocks, int split, int num_splits)
   return {begin < blocks ? begin : blocks, begin + size < blocks ? begin + size : blocks};
 }
 
-// The grid is persistent: thread block c of n takes the tiles c, 2n-1-c, 2n+c, 4n-1-c, ... of an
-// order in which tiles get shorter, so that what one round gives a block too much the next takes
-// back.
-//
-// The order: heads are cut into sections, whose K and V should fit in L2 together. A section's
-// tiles come by query block, last (under a causal mask: longest) first; the heads of a block side
-// by side. Where the keys are split, all tiles come once for each share.
+// A head's tiles come by query block, last (under a causal mask: longest) first. Where the keys are
+// split, all tiles come once for each share.
 struct Schedule {
-  int num_m_blocks;
+  TileOrder order;  // of query blocks, of batch * heads_q heads
   int num_splits;
   int num_tiles;
   int heads_q;
-  int batch_heads;  // batch * heads_q
-  int heads_per_section;
   int num_thread_blocks;
 
   __device__ __forceinline__ int first_row(const Tile& tile, int seqlen_q, int block_m) const {
     const int past_last = ceil_div(seqlen_q, kRowsPerWarpgroup) * kRowsPerWarpgroup;
-    return past_last - (num_m_blocks - tile.m_block) * block_m;
+    return past_last - (order.tiles_per_head - tile.m_block) * block_m;
   }
 
   template <bool kSplitsKeys>
   __device__ __forceinline__ Tile tile(int round) const {
-    const int n = num_thread_blocks;
-    const int c = static_cast<int>(blockIdx.x);
-    // Unsigned: the round after the last may lie up to n past 2^31.
-    const unsigned index = static_cast<unsigned>(round) * n + (round % 2 == 0 ? c : n - 1 - c);
+    const unsigned index = tile_index(round, static_cast<int>(blockIdx.x), num_thread_blocks);
     if (index >= static_cast<unsigned>(num_tiles)) return {0, 0, 0, 0, 0};
-    const int tiles_per_split = batch_heads * num_m_blocks;
+    const int tiles_per_split = order.num_heads * order.tiles_per_head;
     const int split = kSplitsKeys ? static_cast<int>(index) / tiles_per_split : 0;
-    const int in_split = static_cast<int>(index) - split * tiles_per_split;
-    const int section_tiles = heads_per_section * num_m_blocks;
-    const int section = in_split / section_tiles;
-    const int in_section = in_split - section * section_tiles;
-    const int first_head = section * heads_per_section;
-    const int heads = min(heads_per_section, batch_heads - first_head);
-    const int m_rank = in_section / heads;
-    const int batch_head = first_head + in_section - m_rank * heads;
-    const int batch_idx = batch_head / heads_q;
-    return {num_m_blocks - 1 - m_rank, batch_head - batch_idx * heads_q, batch_idx, split, 1};
+    const auto [rank, head] = order.place(static_cast<int>(index) - split * tiles_per_split);
+    const int batch_idx = head / heads_q;
+    return {order.tiles_per_head - 1 - rank, head - batch_idx * heads_q, batch_idx, split, 1};
   }
 };
 

@@ -104,15 +104,4 @@ __device__ __forceinline__ void mask_scores(float (&acc_s)[kN][4], const Mask& m
   }
 }
 
-// An accumulator as the A operand of the next product; zeros where that has more columns.
-template <typename Element, int kSteps, int kN>
-__device__ __forceinline__ void pack_operand(uint32_t (&frag)[kSteps][4],
-                                             const float (&acc)[kN][4]) {
-#pragma unroll
-  for (int n = 0; n < 2 * kSteps; ++n) {
-    frag[n / 2][n % 2 * 2] = n < kN ? pack<Element>(acc[n % kN][0], acc[n % kN][1]) : 0;
-    frag[n / 2][n % 2 * 2 + 1] = n < kN ? pack<Element>(acc[n % kN][2], acc[n % kN][3]) : 0;
-  }
-}
-
 }  // namespace flash_ext::v3

@@ -120,11 +120,11 @@ class Consumer {
     if (step.is_last && lane_idx_ == 0) ptx::mbarrier_arrive(smem_.k_barriers.empty[0]);
     if (!is_plain) adjust_scores(acc_s, step);
     recompute_p(acc_s, statistics.lse_log2 + first_col(), signed_scale_log2_);
-    pack_operand<Element>(frag_p, acc_s);
+    sm90::pack_operand<Element>(frag_p, acc_s);
     ptx::wgmma_wait_group<0>();
     if (step.is_last && lane_idx_ == 0) ptx::mbarrier_arrive(smem_.v_barriers.empty[0]);
     compute_ds(acc_dp, acc_s, smem_.delta[at_.stage] + first_col());
-    pack_operand<Element>(frag_ds, acc_dp);
+    sm90::pack_operand<Element>(frag_ds, acc_dp);
     store_ds(frag_ds);
     if (step.is_first) stage_dk();  // of the tile before
 

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <numeric>
 
 #include "common/launch_kernel.cuh"
 #include "launch.h"
@@ -16,22 +15,15 @@
 namespace flash_ext {
 namespace v3::backward {
 
-// Q, dO and dQ's accumulator of a section should stay in L2 (50 MB) beside what else passes
-// through.
-inline constexpr int64_t kSectionBytes = 32 << 20;
-
-// How many key heads make a section. Under a causal mask a section ends where two rounds of the
-// grid end, or the next one's long tiles would fall to some thread blocks alone. Without a mask all
-// tiles are equal, and heads one after the other are the best for L2.
+// How many key heads make a section, whose Q, dO and accumulators of dQ should stay in L2. Without
+// a mask all tiles are equal, and heads one after the other are the best for it.
 template <typename Config>
-int64_t section_heads(const BackwardParams& params, int64_t num_n_blocks, int64_t num_blocks) {
+int64_t section_heads(const BackwardParams& params, int64_t num_n_blocks, int64_t num_walkers) {
   const AttentionShape& s = params.shape;
   if (!params.mask.is_causal) return 1;
-  const int64_t unit = 2 * num_blocks / std::gcd(2 * num_blocks, num_n_blocks);
   constexpr int64_t kElementBytes = 2 * sizeof(typename Config::Element) + sizeof(float);
   const int64_t head_bytes = kElementBytes * s.seqlen_q * s.head_dim * s.group_size();
-  const int64_t units = std::max<int64_t>(1, kSectionBytes / (unit * head_bytes + 1));
-  return std::min(units * unit, s.batch * s.heads_kv);
+  return heads_per_section(num_n_blocks, s.batch * s.heads_kv, head_bytes, num_walkers);
 }
 
 template <typename Config>
@@ -43,8 +35,10 @@ Schedule make_schedule(const BackwardParams& params) {
       params.deterministic
           ? num_tiles  // so that a tile waits only for earlier ones, which have been dispatched
           : std::min<int64_t>(num_tiles, multiprocessor_count(s) / Config::kClusterSize);
-  return {static_cast<int>(num_n_blocks), static_cast<int>(num_tiles), static_cast<int>(s.heads_kv),
-          static_cast<int>(section_heads<Config>(params, num_n_blocks, num_walkers)),
+  const int64_t section = section_heads<Config>(params, num_n_blocks, num_walkers);
+  const TileOrder order{static_cast<int>(num_n_blocks), static_cast<int>(s.batch * s.heads_kv),
+                        static_cast<int>(section)};
+  return {order, static_cast<int>(num_tiles), static_cast<int>(s.heads_kv),
           static_cast<int>(num_walkers)};
 }
 

@@ -57,7 +57,7 @@ class ValueGradient {
     // sooner, and P's registers are free for S.
 #pragma unroll 1
     while (--blocks > 0) {
-      pack_operand<Element>(frag_p, acc_s);
+      sm90::pack_operand<Element>(frag_p, acc_s);
       publish_p(frag_p);
       issue_dv(frag_p);
       ptx::wgmma_wait_group<1>();
@@ -68,7 +68,7 @@ class ValueGradient {
       ptx::wgmma_wait_group<0>();
       compute_p(acc_s, tile.key0);
     }
-    pack_operand<Element>(frag_p, acc_s);
+    sm90::pack_operand<Element>(frag_p, acc_s);
     publish_p(frag_p);
     issue_dv(frag_p);
     ptx::wgmma_wait_group<0>();

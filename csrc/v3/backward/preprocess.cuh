@@ -146,8 +146,7 @@ template <typename Element, int kHeadDim, int kBlockM>
 __global__ void __launch_bounds__(kPreprocessThreads)
     preprocess_kernel(const __grid_constant__ KernelParams p) {
   ptx::griddepcontrol_launch_dependents();
-  const unsigned key_heads =
-      p.schedule.num_n_blocks > 0 ? p.schedule.num_tiles / p.schedule.num_n_blocks : 0;
+  const unsigned key_heads = p.schedule.order.num_heads;
   if (blockIdx.x < key_heads) {
     key_mean<Element, kHeadDim>(p, static_cast<int>(blockIdx.x));
   } else {

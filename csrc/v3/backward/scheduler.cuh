@@ -2,7 +2,7 @@
 #pragma once
 
 #include "common/block_range.h"
-#include "common/mask.h"
+#include "v3/tile_order.cuh"
 
 namespace flash_ext::v3::backward {
 
@@ -15,34 +15,19 @@ struct Tile {
   bool is_valid;  // false: there are no more
 };
 
-// The grid is persistent: thread block (or cluster) c of n takes the tiles c, 2n-1-c, 2n+c, 4n-1-c,
-// ... of an order in which tiles get shorter, so that what one round gives a block too much the
-// next takes back.
-//
-// The order: heads are cut into sections, whose queries should fit in L2 together. A section's
-// tiles come by key block, first (under a causal mask: longest) first; the heads of a block side by
-// side.
+// A head's tiles come by key block, first (under a causal mask: longest) first.
 struct Schedule {
-  int num_n_blocks;
+  TileOrder order;  // of key blocks, of batch * heads_kv heads
   int num_tiles;
   int heads_kv;
-  int heads_per_section;
   int num_walkers;  // thread blocks, or clusters
 
   __device__ __forceinline__ Tile tile(int round, int c = blockIdx.x) const {
-    const int n = num_walkers;
-    // Unsigned: the round after the last may lie up to n past 2^31.
-    const unsigned index = static_cast<unsigned>(round) * n + (round % 2 == 0 ? c : n - 1 - c);
+    const unsigned index = tile_index(round, c, num_walkers);
     if (index >= static_cast<unsigned>(num_tiles)) return {0, 0, 0, false};
-    const int section_tiles = heads_per_section * num_n_blocks;
-    const int section = static_cast<int>(index) / section_tiles;
-    const int in_section = static_cast<int>(index) - section * section_tiles;
-    const int first_head = section * heads_per_section;
-    const int heads = min(heads_per_section, num_tiles / num_n_blocks - first_head);
-    const int n_block = in_section / heads;
-    const int batch_head = first_head + in_section - n_block * heads;
-    const int batch_idx = batch_head / heads_kv;
-    return {n_block, batch_head - batch_idx * heads_kv, batch_idx, true};
+    const auto [n_block, head] = order.place(static_cast<int>(index));
+    const int batch_idx = head / heads_kv;
+    return {n_block, head - batch_idx * heads_kv, batch_idx, true};
   }
 };
 

@@ -80,15 +80,4 @@ __device__ __forceinline__ void compute_ds(float (&acc_dp)[kN][4], const float (
   }
 }
 
-// An accumulator as the A operand of the next product.
-template <typename Element, int kN>
-__device__ __forceinline__ void pack_operand(uint32_t (&frag)[kN / 2][4],
-                                             const float (&acc)[kN][4]) {
-#pragma unroll
-  for (int n = 0; n < kN; ++n) {
-    frag[n / 2][n % 2 * 2] = pack<Element>(acc[n][0], acc[n][1]);
-    frag[n / 2][n % 2 * 2 + 1] = pack<Element>(acc[n][2], acc[n][3]);
-  }
-}
-
 }  // namespace flash_ext::v3::backward
