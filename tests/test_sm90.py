@@ -168,6 +168,33 @@ def test_gemm_ab(kernels, dtype, n, k, accumulates):
         assert_same(out.cpu(), a @ b + c if accumulates else a @ b, f"B at {b_index}")
 
 
+@pytest.mark.parametrize("accumulates", [False, True])
+@pytest.mark.parametrize("k", [64, 128])
+@pytest.mark.parametrize("n", HEAD_DIMS)
+@pytest.mark.parametrize("dtype", HALF_DTYPES, ids=dtype_name)
+def test_gemm_ab_of_two_tiles(kernels, dtype, n, k, accumulates):
+    """A B, A being half of the rows of a tile in shared memory, whose other half is NaN."""
+    for row0 in (0, 64):
+        a, b, c = integers(64, k), integers(k, n), 1000 * integers(64, n)
+        images = [tile_image(x.to(dtype), POISON).cuda() for x in (a, b)]
+        out = torch.empty(64, n, device="cuda")
+        c_there = c.cuda() if accumulates else None
+        kernels("gemm_ab_shared", HALF_DTYPES.index(dtype), k, n, images[0], row0, images[1], c_there, out)
+        assert_same(out.cpu(), a @ b + c if accumulates else a @ b, f"A from row {row0}")
+
+
+@pytest.mark.parametrize("accumulates", [False, True])
+@pytest.mark.parametrize("k", [64, 128])
+@pytest.mark.parametrize("n", HEAD_DIMS)
+@pytest.mark.parametrize("dtype", HALF_DTYPES, ids=dtype_name)
+def test_gemm_atb(kernels, dtype, n, k, accumulates):
+    a, b, c = integers(k, 64), integers(k, n), 1000 * integers(64, n)
+    images = [tile_image(x.to(dtype), POISON).cuda() for x in (a, b)]
+    out = torch.empty(64, n, device="cuda")
+    kernels("gemm_atb", HALF_DTYPES.index(dtype), k, n, *images, c.cuda() if accumulates else None, out)
+    assert_same(out.cpu(), a.T @ b + c if accumulates else a.T @ b, "A^T B")
+
+
 # ---- TMA loads ---------------------------------------------------------------------------------------------
 
 

@@ -38,6 +38,16 @@ __global__ void __launch_bounds__(kWorkers)
   write_accumulator(acc, out);
 }
 
+// What the product is added to, or NaN where there is nothing of the kind.
+template <int kTiles>
+__device__ __forceinline__ void begin_accumulator(float (&acc)[kTiles][4], const float* c) {
+  if (c != nullptr) {
+    read_accumulator(acc, c);
+  } else {
+    poison_accumulator(acc);
+  }
+}
+
 template <typename Element, int kK, int kN>
 __global__ void __launch_bounds__(kWorkers)
     gemm_ab_kernel(const float* a, const void* b, int b_index, const float* c, float* out) {
@@ -51,21 +61,74 @@ __global__ void __launch_bounds__(kWorkers)
   float acc_a[kK / 8][4];
   read_accumulator(acc_a, a);
   uint32_t frag_a[kK / 16][4];
-#pragma unroll
-  for (int j = 0; j < kK / 8; ++j) {
-    frag_a[j / 2][j % 2 * 2] = pack<Element>(acc_a[j][0], acc_a[j][1]);
-    frag_a[j / 2][j % 2 * 2 + 1] = pack<Element>(acc_a[j][2], acc_a[j][3]);
-  }
+  sm90::pack_operand<Element>(frag_a, acc_a);
   const bool accumulates = c != nullptr;
   float acc[kN / 8][4];
-  if (accumulates) {
-    read_accumulator(acc, c);
-  } else {
-    poison_accumulator(acc);
-  }
+  begin_accumulator(acc, c);
   ptx::wgmma_fence();
   sm90::gemm_ab<BTile>(
       acc, frag_a, sm90::Descriptor::mn_major(smem[0]).template tile<BTile>(b_index), accumulates);
+  ptx::wgmma_wait_group<0>();
+  write_accumulator(acc, out);
+}
+
+// A is the first or the second half of a tile of 128 rows, of which the other half is NaN.
+template <typename Element, int kK, int kN>
+struct SharedAbStorage {
+  sm90::SmemTile<Element, 128, kK> a;
+  sm90::SmemTile<Element, kK, kN> b;
+};
+
+template <typename Element, int kK, int kN>
+__global__ void __launch_bounds__(kWorkers)
+    gemm_ab_shared_kernel(const void* a, int row0, const void* b, const float* c, float* out) {
+  using Storage = SharedAbStorage<Element, kK, kN>;
+  using ATile = decltype(Storage::a);
+  using BTile = decltype(Storage::b);
+  constexpr int kHalfSlab = 64 * sm90::kSlabRowBytes;
+  auto& smem = shared_memory<Storage>();
+  poison(&smem, sizeof(smem));
+  __syncthreads();
+  for (int s = 0; s < ATile::kSlabs; ++s) {
+    copy(smem.a.slab(s) + row0 * sm90::kSlabRowBytes, static_cast<const char*>(a) + s * kHalfSlab,
+         kHalfSlab);
+  }
+  copy(smem.b.data, b, BTile::kBytes);
+  ptx::fence_proxy_async();
+  __syncthreads();
+  float acc[kN / 8][4];
+  begin_accumulator(acc, c);
+  ptx::wgmma_fence();
+  sm90::gemm_ab<ATile, BTile>(acc, sm90::Descriptor::k_major(smem.a).from_row(row0),
+                              sm90::Descriptor::mn_major(smem.b), c != nullptr);
+  ptx::wgmma_wait_group<0>();
+  write_accumulator(acc, out);
+}
+
+template <typename Element, int kK, int kN>
+struct AtbStorage {
+  sm90::SmemTile<Element, kK, 64> a;
+  sm90::SmemTile<Element, kK, kN> b;
+};
+
+template <typename Element, int kK, int kN>
+__global__ void __launch_bounds__(kWorkers)
+    gemm_atb_kernel(const void* a, const void* b, const float* c, float* out) {
+  using Storage = AtbStorage<Element, kK, kN>;
+  using ATile = decltype(Storage::a);
+  using BTile = decltype(Storage::b);
+  auto& smem = shared_memory<Storage>();
+  poison(&smem, sizeof(smem));
+  __syncthreads();
+  copy(smem.a.data, a, ATile::kBytes);
+  copy(smem.b.data, b, BTile::kBytes);
+  ptx::fence_proxy_async();
+  __syncthreads();
+  float acc[kN / 8][4];
+  begin_accumulator(acc, c);
+  ptx::wgmma_fence();
+  sm90::gemm_atb<ATile, BTile>(acc, sm90::Descriptor::mn_major(smem.a),
+                               sm90::Descriptor::mn_major(smem.b), c != nullptr);
   ptx::wgmma_wait_group<0>();
   write_accumulator(acc, out);
 }
@@ -99,6 +162,36 @@ const char* gemm_ab(int64_t is_bf16, int64_t k, int64_t n, const float* a, const
           launch(gemm_ab_kernel<Element, kK, kN>, 1, kWorkers,
                  2 * sizeof(sm90::SmemTile<Element, kK, kN>), a, b, static_cast<int>(b_index), c,
                  out);
+        });
+      });
+    });
+  });
+}
+
+const char* gemm_ab_shared(int64_t is_bf16, int64_t k, int64_t n, const void* a, int64_t row0,
+                           const void* b, const float* c, float* out) {
+  return message_of([&] {
+    with_element(is_bf16, [&](auto element) {
+      with_one_of<64, 128>(k, [&](auto kK) {
+        with_head_dim(n, [&](auto kN) {
+          using Element = decltype(element);
+          launch(gemm_ab_shared_kernel<Element, kK, kN>, 1, kWorkers,
+                 sizeof(SharedAbStorage<Element, kK, kN>), a, static_cast<int>(row0), b, c, out);
+        });
+      });
+    });
+  });
+}
+
+const char* gemm_atb(int64_t is_bf16, int64_t k, int64_t n, const void* a, const void* b,
+                     const float* c, float* out) {
+  return message_of([&] {
+    with_element(is_bf16, [&](auto element) {
+      with_one_of<64, 128>(k, [&](auto kK) {
+        with_head_dim(n, [&](auto kN) {
+          using Element = decltype(element);
+          launch(gemm_atb_kernel<Element, kK, kN>, 1, kWorkers, sizeof(AtbStorage<Element, kK, kN>),
+                 a, b, c, out);
         });
       });
     });
