@@ -24,7 +24,7 @@ _FOLDERS = {
     "backward": "backward",
     "forward_v1": "v1",
     "forward_v2": "v2",
-    "forward_v3": "v3",
+    "forward_v3": "v3/forward",
     "backward_v3": "v3/backward",
 }
 

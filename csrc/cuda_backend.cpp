@@ -9,8 +9,8 @@
 #include "dispatch.h"
 #include "v1/workspace.h"
 #include "v3/backward/workspace.h"
+#include "v3/forward/splits.h"
 #include "v3/refusal.h"
-#include "v3/splits.h"
 
 namespace flash_ext::cuda_backend {
 namespace {
@@ -23,7 +23,9 @@ at::Tensor allocate_workspace(int64_t floats, c10::Device device) {
 
 int64_t forward_workspace_floats(Algorithm algorithm, const AttentionShape& shape) {
   if (algorithm == Algorithm::kV1) return v1_workspace_floats(shape);
-  if (algorithm == Algorithm::kV3) return v3::workspace_floats(shape, multiprocessor_count(shape));
+  if (algorithm == Algorithm::kV3) {
+    return v3::forward_workspace_floats(shape, multiprocessor_count(shape));
+  }
   return 0;
 }
 

@@ -43,7 +43,7 @@ struct ForwardParams {
   TensorView q, k, v, out;
   void* lse = nullptr;  // (batch, heads_q, seqlen_q) dense; fp32, fp64 for fp64 inputs
   // v1: O, l and m of Algorithm 1 between two K/V blocks, see v1_workspace_floats(). v3: results of
-  // shares of the keys, see v3::workspace_floats().
+  // shares of the keys, see v3::forward_workspace_floats().
   float* workspace = nullptr;
 };
 

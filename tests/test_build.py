@@ -316,7 +316,7 @@ def test_missing_torch_is_an_error_with_the_command(tmp_path):
     [
         ("csrc/v2/kernel.cuh", '#include "v1/config.cuh"', "include-order"),
         ("csrc/ptx/math.cuh", '#include "sm80/mma.cuh"', "include-order"),
-        ("csrc/v3/kernel.cuh", '#include "v2/config.cuh"', "include-order"),
+        ("csrc/v3/forward/kernel.cuh", '#include "v2/config.cuh"', "include-order"),
         ("csrc/v2/kernel.cuh", "#include <torch/library.h>", "torch-free"),
         ("csrc/operators.cpp", "  // launch(params, stream);", "dead-code"),
         ("flash_ext/interface.py", "# out = out.contiguous()", "dead-code"),

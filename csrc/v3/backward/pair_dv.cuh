@@ -146,7 +146,7 @@ class ValueGradient {
     }
   }
 
-  // Every warp lets go for itself, see v3/consumer.cuh.
+  // Every warp lets go for itself, see v3/forward/consumer.cuh.
   __device__ __forceinline__ void arrive(ptx::Mbarrier& bar) const {
     if (lane_idx_ == 0) ptx::mbarrier_arrive(bar);
   }

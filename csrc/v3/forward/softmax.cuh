@@ -5,7 +5,7 @@
 #include "common/numeric.cuh"
 #include "common/online_softmax.cuh"
 
-namespace flash_ext::v3 {
+namespace flash_ext::v3::forward {
 
 // The maximum that weights are relative to may lag behind the true one by a factor of 2^8 of
 // weight: only beyond that does it move and is O rescaled, which most blocks are thus spared.
@@ -104,4 +104,4 @@ __device__ __forceinline__ void mask_scores(float (&acc_s)[kN][4], const Mask& m
   }
 }
 
-}  // namespace flash_ext::v3
+}  // namespace flash_ext::v3::forward

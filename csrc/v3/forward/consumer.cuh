@@ -4,11 +4,11 @@
 #include "ptx/warpgroup.cuh"
 #include "sm90/copy_tile.cuh"
 #include "sm90/warpgroup_gemm.cuh"
-#include "v3/config.cuh"
-#include "v3/kernel_params.cuh"
-#include "v3/softmax.cuh"
+#include "v3/forward/config.cuh"
+#include "v3/forward/kernel_params.cuh"
+#include "v3/forward/softmax.cuh"
 
-namespace flash_ext::v3 {
+namespace flash_ext::v3::forward {
 
 // Keeps what `x` >= 0 depends on before the next wgmma wait. The wait is ordered against memory
 // only, and ptxas moves it above any arithmetic that does not need its result.
@@ -324,4 +324,4 @@ class Consumer {
   uint32_t frag_p_[kBlockN / 16][4];
 };
 
-}  // namespace flash_ext::v3
+}  // namespace flash_ext::v3::forward

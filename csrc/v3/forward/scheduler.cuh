@@ -5,7 +5,7 @@
 #include "common/mask.h"
 #include "v3/tile_order.cuh"
 
-namespace flash_ext::v3 {
+namespace flash_ext::v3::forward {
 
 inline constexpr int kRowsPerWarpgroup = 64;  // as many as a wgmma has
 
@@ -80,4 +80,4 @@ struct Schedule {
   }
 };
 
-}  // namespace flash_ext::v3
+}  // namespace flash_ext::v3::forward

@@ -4,9 +4,9 @@
 #include "common/numeric.cuh"
 #include "common/online_softmax.cuh"
 #include "params.h"
-#include "v3/kernel_params.cuh"
+#include "v3/forward/kernel_params.cuh"
 
-namespace flash_ext::v3 {
+namespace flash_ext::v3::forward {
 
 struct MergeParams {
   Shares shares;
@@ -66,4 +66,4 @@ __global__ void __launch_bounds__(kMergeThreads)
                  pack<Element>(acc_o[6] * inverse, acc_o[7] * inverse));
 }
 
-}  // namespace flash_ext::v3
+}  // namespace flash_ext::v3::forward

@@ -6,12 +6,12 @@
 #include "common/launch_kernel.cuh"
 #include "launch.h"
 #include "sm90/tensor_map.h"
-#include "v3/kernel.cuh"
-#include "v3/merge.cuh"
-#include "v3/splits.h"
+#include "v3/forward/kernel.cuh"
+#include "v3/forward/merge.cuh"
+#include "v3/forward/splits.h"
 
 namespace flash_ext {
-namespace v3 {
+namespace v3::forward {
 
 // How many heads make a section, whose K and V should stay in L2. Without a mask all tiles are
 // equal, and heads one after the other are the best for it.
@@ -30,7 +30,7 @@ int64_t section_heads(const ForwardParams& params, int64_t num_m_blocks, int64_t
 template <typename Config>
 Schedule make_schedule(const ForwardParams& params) {
   const AttentionShape& s = params.shape;
-  static_assert(Config::kBlockM == block_m(Config::kHeadDim));
+  static_assert(Config::kBlockM == forward_block_m(Config::kHeadDim));
   const int64_t num_m_blocks = (s.seqlen_q + Config::kBlockM - 1) / Config::kBlockM;
   const int64_t splits = num_splits(s, multiprocessor_count(s));
   const int64_t num_tiles = grid_size(splits * num_m_blocks * s.batch * s.heads_q, s);
@@ -70,9 +70,9 @@ void launch_merge(const ForwardParams& params, const KernelParams& p, cudaStream
                 "the v3 merge of split keys", merge, s);
 }
 
-}  // namespace v3
+}  // namespace v3::forward
 
-namespace v3 {
+namespace v3::forward {
 
 template <typename Config>
 void launch_forward(const ForwardParams& params, cudaStream_t stream) {
@@ -97,31 +97,32 @@ void launch_forward(const ForwardParams& params, cudaStream_t stream) {
   if (Config::kSplitsKeys) launch_merge<Config>(params, p, stream);
 }
 
-}  // namespace v3
+}  // namespace v3::forward
 
 template <typename Element, int kHeadDim>
 void launch_forward_v3(const ForwardParams& params, CudaStream stream) {
-  using v3::Config, v3::Variant;
+  using namespace v3::forward;
   if (v3::num_splits(params.shape, multiprocessor_count(params.shape)) > 1) {
-    v3::launch_forward<Config<Element, kHeadDim, Variant::kSplit>>(params, stream);
+    launch_forward<Config<Element, kHeadDim, Variant::kSplit>>(params, stream);
     return;
   }
   if constexpr (kHeadDim == 64) {
     // H200: +2% at 512 keys, +4% at 1k, 0 at 4k, -4% at 16k; at d=128 -1% to 1k.
     if (params.mask.is_causal && params.shape.seqlen_k <= 2048) {
-      v3::launch_forward<Config<Element, kHeadDim, Variant::kHalves>>(params, stream);
+      launch_forward<Config<Element, kHeadDim, Variant::kHalves>>(params, stream);
       return;
     }
   }
-  v3::launch_forward<Config<Element, kHeadDim, Variant::kPlain>>(params, stream);
+  launch_forward<Config<Element, kHeadDim, Variant::kPlain>>(params, stream);
 }
 
 template <typename Element, int kHeadDim>
 KernelPlan plan_forward_v3(const ForwardParams& params) {
-  using Config = v3::Config<Element, kHeadDim, v3::Variant::kPlain>;  // all have the same tiles
-  return KernelPlan{Config::kBlockM, Config::kBlockN, Config::kNumThreads / 32,
-                    sizeof(typename Config::SharedStorage),
-                    v3::make_schedule<Config>(params).num_thread_blocks};
+  using namespace v3::forward;
+  using Plain = Config<Element, kHeadDim, Variant::kPlain>;  // all have the same tiles
+  return KernelPlan{Plain::kBlockM, Plain::kBlockN, Plain::kNumThreads / 32,
+                    sizeof(typename Plain::SharedStorage),
+                    make_schedule<Plain>(params).num_thread_blocks};
 }
 
 }  // namespace flash_ext

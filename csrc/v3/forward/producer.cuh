@@ -3,10 +3,10 @@
 
 #include "params.h"
 #include "sm90/copy_tile.cuh"
-#include "v3/config.cuh"
-#include "v3/kernel_params.cuh"
+#include "v3/forward/config.cuh"
+#include "v3/forward/kernel_params.cuh"
 
-namespace flash_ext::v3 {
+namespace flash_ext::v3::forward {
 
 // The K/V blocks of a tile whose rows begin at row0.
 template <typename Config>
@@ -88,4 +88,4 @@ __device__ __forceinline__ void produce_q(typename Config::SharedStorage& smem,
   } while (tile.is_valid);
 }
 
-}  // namespace flash_ext::v3
+}  // namespace flash_ext::v3::forward

@@ -3,9 +3,9 @@
 
 #include "sm90/pipeline.cuh"
 #include "sm90/smem_tile.cuh"
-#include "v3/scheduler.cuh"
+#include "v3/forward/scheduler.cuh"
 
-namespace flash_ext::v3 {
+namespace flash_ext::v3::forward {
 
 template <int kConsumers_, int kBlockN_, int kKStages_, int kVStages_, int kQBuffers_,
           int kEarlySteps_>
@@ -77,4 +77,4 @@ struct Config : TileShape<kHeadDim_> {
   static_assert(sizeof(SharedStorage) <= 227 * 1024, "what one thread block gets on sm_90");
 };
 
-}  // namespace flash_ext::v3
+}  // namespace flash_ext::v3::forward

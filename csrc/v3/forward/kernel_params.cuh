@@ -5,9 +5,9 @@
 
 #include "common/mask.h"
 #include "common/online_softmax.cuh"
-#include "v3/scheduler.cuh"
+#include "v3/forward/scheduler.cuh"
 
-namespace flash_ext::v3 {
+namespace flash_ext::v3::forward {
 
 // Where the keys are split: O / l, m and l of every share and row, for merge_shares_kernel.
 struct Shares {
@@ -25,4 +25,4 @@ struct KernelParams {
   Schedule schedule;
 };
 
-}  // namespace flash_ext::v3
+}  // namespace flash_ext::v3::forward

@@ -33,10 +33,10 @@
 //   registers of a consumer    160       232       232, of which S 64, 64, 32; P half; O d / 2
 #pragma once
 
-#include "v3/consumer.cuh"
-#include "v3/producer.cuh"
+#include "v3/forward/consumer.cuh"
+#include "v3/forward/producer.cuh"
 
-namespace flash_ext::v3 {
+namespace flash_ext::v3::forward {
 
 template <typename Config>
 __global__ void __launch_bounds__(Config::kNumThreads, 1)
@@ -65,4 +65,4 @@ __global__ void __launch_bounds__(Config::kNumThreads, 1)
 #endif
 }
 
-}  // namespace flash_ext::v3
+}  // namespace flash_ext::v3::forward
