@@ -35,7 +35,7 @@ class Accepted(NamedTuple):
 _V2_128 = "full tiles of 128x64 spill; 128x32 and 64x64 do not and take 1.11 and 1.14 times as long (2x16x8192 bf16)"
 _KV_128 = "tiles of 64x128 spill; with one stage instead of two they spilled as little and took 1.04 times as long"
 _KV_64 = "three thread blocks a multiprocessor spill; two do not and take 1.10 times as long (4x32x4096 bf16)"
-_KV_256 = "counters in the loop spill; divisions in their place do not and take 1.004 times as long (4x8x4096 bf16)"
+_KV_256 = "counters in the loop spill; divisions in their place do not and take 1.003 times as long (4x8x4096 bf16)"
 _TURNS_128 = "deterministic gradients alone; a version without spills did not repeat its bits"
 _FP32_256 = "the accumulator alone is 128 registers; no tile without spills is known"
 _SM80 = "not measured on this architecture, whose ptxas allocates a little differently; none on sm_90a"

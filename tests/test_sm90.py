@@ -183,18 +183,6 @@ def test_gemm_ab_of_two_tiles(kernels, dtype, n, k, accumulates):
         assert_same(out.cpu(), a @ b + c if accumulates else a @ b, f"A from row {row0}")
 
 
-@pytest.mark.parametrize("accumulates", [False, True])
-@pytest.mark.parametrize("k", [64, 128])
-@pytest.mark.parametrize("n", HEAD_DIMS)
-@pytest.mark.parametrize("dtype", HALF_DTYPES, ids=dtype_name)
-def test_gemm_atb(kernels, dtype, n, k, accumulates):
-    a, b, c = integers(k, 64), integers(k, n), 1000 * integers(64, n)
-    images = [tile_image(x.to(dtype), POISON).cuda() for x in (a, b)]
-    out = torch.empty(64, n, device="cuda")
-    kernels("gemm_atb", HALF_DTYPES.index(dtype), k, n, *images, c.cuda() if accumulates else None, out)
-    assert_same(out.cpu(), a.T @ b + c if accumulates else a.T @ b, "A^T B")
-
-
 # ---- TMA loads ---------------------------------------------------------------------------------------------
 
 

@@ -11,10 +11,6 @@
 
 namespace flash_ext::ptx {
 
-__device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap& map) {
-  asm volatile("prefetch.tensormap [%0];\n" ::"l"(&map) : "memory");
-}
-
 // Global to shared memory; the bytes count towards the phase of `bar`.
 __device__ __forceinline__ void tma_load_4d(void* dst, const CUtensorMap& map, Mbarrier& bar,
                                             int x0, int x1, int x2, int x3) {

@@ -4,6 +4,9 @@
 
 namespace flash_ext::ptx {
 
+// The same value, of which ptxas now knows that a whole warp has it: lane 0's.
+__device__ __forceinline__ int warp_uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
+
 // Every warp of the warpgroup gives registers back, or waits for its share of what others gave. The
 // sum over the thread block must stay within what the kernel was launched with: one register too
 // many, and setmaxnreg_inc never returns.

@@ -71,18 +71,4 @@ __device__ __forceinline__ void gemm_ab(float (&acc)[BTile::kCols / 8][4], Descr
   ptx::wgmma_commit_group();
 }
 
-// acc (+)= A^T B: both in shared memory, the rows of both run along k; A has 64 columns.
-template <typename ATile, typename BTile>
-__device__ __forceinline__ void gemm_atb(float (&acc)[BTile::kCols / 8][4], Descriptor a,
-                                         Descriptor b, bool accumulates = false) {
-  using Element = typename ATile::Element;
-  static_assert(ATile::kCols == 64 && ATile::kRows == BTile::kRows);
-#pragma unroll
-  for (int k = 0; k < ATile::kRows; k += kWgmmaK) {
-    ptx::Wgmma<Element, BTile::kCols>::template ss<ptx::Major::kMN, ptx::Major::kMN>(
-        acc, a.at(k * kSlabRowBytes), b.at(k * kSlabRowBytes), accumulates || k > 0);
-  }
-  ptx::wgmma_commit_group();
-}
-
 }  // namespace flash_ext::sm90

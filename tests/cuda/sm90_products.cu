@@ -105,34 +105,6 @@ __global__ void __launch_bounds__(kWorkers)
   write_accumulator(acc, out);
 }
 
-template <typename Element, int kK, int kN>
-struct AtbStorage {
-  sm90::SmemTile<Element, kK, 64> a;
-  sm90::SmemTile<Element, kK, kN> b;
-};
-
-template <typename Element, int kK, int kN>
-__global__ void __launch_bounds__(kWorkers)
-    gemm_atb_kernel(const void* a, const void* b, const float* c, float* out) {
-  using Storage = AtbStorage<Element, kK, kN>;
-  using ATile = decltype(Storage::a);
-  using BTile = decltype(Storage::b);
-  auto& smem = shared_memory<Storage>();
-  poison(&smem, sizeof(smem));
-  __syncthreads();
-  copy(smem.a.data, a, ATile::kBytes);
-  copy(smem.b.data, b, BTile::kBytes);
-  ptx::fence_proxy_async();
-  __syncthreads();
-  float acc[kN / 8][4];
-  begin_accumulator(acc, c);
-  ptx::wgmma_fence();
-  sm90::gemm_atb<ATile, BTile>(acc, sm90::Descriptor::mn_major(smem.a),
-                               sm90::Descriptor::mn_major(smem.b), c != nullptr);
-  ptx::wgmma_wait_group<0>();
-  write_accumulator(acc, out);
-}
-
 extern "C" {
 
 const char* gemm_abt(int64_t is_bf16, int64_t n, int64_t head_dim, const void* a, const void* b,
@@ -177,21 +149,6 @@ const char* gemm_ab_shared(int64_t is_bf16, int64_t k, int64_t n, const void* a,
           using Element = decltype(element);
           launch(gemm_ab_shared_kernel<Element, kK, kN>, 1, kWorkers,
                  sizeof(SharedAbStorage<Element, kK, kN>), a, static_cast<int>(row0), b, c, out);
-        });
-      });
-    });
-  });
-}
-
-const char* gemm_atb(int64_t is_bf16, int64_t k, int64_t n, const void* a, const void* b,
-                     const float* c, float* out) {
-  return message_of([&] {
-    with_element(is_bf16, [&](auto element) {
-      with_one_of<64, 128>(k, [&](auto kK) {
-        with_head_dim(n, [&](auto kN) {
-          using Element = decltype(element);
-          launch(gemm_atb_kernel<Element, kK, kN>, 1, kWorkers, sizeof(AtbStorage<Element, kK, kN>),
-                 a, b, c, out);
         });
       });
     });

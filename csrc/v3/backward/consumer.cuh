@@ -52,7 +52,7 @@ class Consumer {
   __device__ __forceinline__ void run() {
     for (;; tile_at_.advance()) {
       sm90::wait_full(smem_.tile_barriers, tile_at_);
-      if (!uniform(tile().is_valid)) break;
+      if (!ptx::warp_uniform(tile().is_valid)) break;
       compute_tile();
       if (lane_idx_ == 0) ptx::mbarrier_arrive(smem_.tile_barriers.empty[tile_at_.stage]);
       stage_gradient(acc_dv_, 1.f);
@@ -64,9 +64,6 @@ class Consumer {
  private:
   __device__ __forceinline__ const TileWork& tile() const { return smem_.tile[tile_at_.stage]; }
 
-  // The shuffle tells ptxas that a whole warp has the same value.
-  static __device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
-
   struct Step {
     int row0;                // of the query block
     int key0;                // of this warpgroup
@@ -75,15 +72,16 @@ class Consumer {
   };
 
   __device__ __forceinline__ void compute_tile() {
-    const int first_row = uniform(tile().m_begin) * kBlockM;
-    const int steps = (uniform(tile().m_end) - uniform(tile().m_begin)) * p_.group_size;
+    const int first_row = ptx::warp_uniform(tile().m_begin) * kBlockM;
+    const int steps =
+        (ptx::warp_uniform(tile().m_end) - ptx::warp_uniform(tile().m_begin)) * p_.group_size;
     clear(acc_dv_);
     if (steps == 0) {
       stage_dk();
       clear(acc_dk_);
       return;
     }
-    const int key0 = uniform(tile().n_block) * kBlockN + 64 * warpgroup_idx_;
+    const int key0 = ptx::warp_uniform(tile().n_block) * kBlockN + 64 * warpgroup_idx_;
     const int first_full_row =
         key0 + 64 <= p_.mask.seqlen_k ? p_.mask.row_begin(key0 + 63) : p_.mask.seqlen_q;
     Step step{first_row, key0, first_full_row, true, false};

@@ -59,8 +59,7 @@ __global__ void __launch_bounds__(Config::kNumThreads, 1)
   }
   __syncthreads();
 
-  // The shuffle tells ptxas that a whole warp has the same value.
-  const int warp_idx = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
+  const int warp_idx = ptx::warp_uniform(threadIdx.x / 32);
   if (warp_idx < 4) {
     ptx::setmaxnreg_dec<Config::kProducerRegisters>();
     if (threadIdx.x == 0) Producer<Config>(smem, p).run();

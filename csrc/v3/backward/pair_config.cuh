@@ -1,6 +1,7 @@
 // Tiles of the v3 backward at head_dim 256.
 #pragma once
 
+#include "ptx/warpgroup.cuh"
 #include "sm90/pipeline.cuh"
 #include "sm90/smem_tile.cuh"
 #include "v3/backward/kernel_params.cuh"
@@ -16,12 +17,9 @@ struct PairTile {
   int is_valid;        // 0: there are no more
 };
 
-// The shuffle tells ptxas that a whole warp has the same value.
-__device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
-
 // Query blocks of a tile, over all heads of the group.
 __device__ __forceinline__ int num_query_blocks(const PairTile& tile, int group_size) {
-  return uniform(max(tile.m_end - tile.m_begin, 0)) * group_size;
+  return ptx::warp_uniform(max(tile.m_end - tile.m_begin, 0)) * group_size;
 }
 
 template <typename Element_>

@@ -30,7 +30,7 @@ class KeyGradient {
     for (int round = 0;; ++round) {
       ptx::mbarrier_wait(smem_.v_barriers.full[0], round % 2);
       const PairTile& tile = smem_.tile[round % 2];
-      if (!uniform(tile.is_valid)) break;
+      if (!ptx::warp_uniform(tile.is_valid)) break;
       compute(num_query_blocks(tile, p_.group_size));
       arrive(smem_.v_barriers.empty[0]);
       arrive(smem_.k_barriers.empty[0]);  // for the slot of the tile

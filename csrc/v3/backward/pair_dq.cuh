@@ -28,7 +28,7 @@ class QueryGradient {
   __device__ __forceinline__ void run() {
     for (round_ = 0;; ++round_) {
       ptx::mbarrier_wait(smem_.k_barriers.full[0], round_ % 2);
-      if (!uniform(tile().is_valid)) break;
+      if (!ptx::warp_uniform(tile().is_valid)) break;
       compute();
       if (lane_idx_ == 0) ptx::mbarrier_arrive(smem_.k_barriers.empty[0]);
     }
@@ -72,12 +72,13 @@ class QueryGradient {
   }
 
   __device__ __forceinline__ void advance_block() {
-    const int m_begin = uniform(tile().m_begin);
+    const int m_begin = ptx::warp_uniform(tile().m_begin);
     if (block_ == kNone) {
-      const int head_idx = uniform(tile().kv_head_idx) * p_.group_size;
+      const int head_idx = ptx::warp_uniform(tile().kv_head_idx) * p_.group_size;
       m_block_ = m_begin;
-      block_ = static_cast<int>(row_block(p_, uniform(tile().batch_idx), head_idx, m_begin));
-    } else if (++block_, ++m_block_ == uniform(tile().m_end)) {
+      block_ =
+          static_cast<int>(row_block(p_, ptx::warp_uniform(tile().batch_idx), head_idx, m_begin));
+    } else if (++block_, ++m_block_ == ptx::warp_uniform(tile().m_end)) {
       block_ += p_.num_m_blocks - m_block_ + m_begin;  // of the next head
       m_block_ = m_begin;
     }

@@ -32,7 +32,7 @@ class ValueGradient {
     for (int round = 0;; ++round) {
       ptx::mbarrier_wait(smem_.k_barriers.full[0], round % 2);
       const PairTile& tile = smem_.tile[round % 2];
-      if (!uniform(tile.is_valid)) break;
+      if (!ptx::warp_uniform(tile.is_valid)) break;
       compute(tile);
       arrive(smem_.k_barriers.empty[0]);
       store(tile);

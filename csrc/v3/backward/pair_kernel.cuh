@@ -72,8 +72,7 @@ __cluster_dims__(Config::kClusterSize)
   }
   ptx::cluster_sync();
 
-  // The shuffle tells ptxas that a whole warp has the same value.
-  const int warpgroup_idx = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
+  const int warpgroup_idx = ptx::warp_uniform(threadIdx.x / 128);
   if (warpgroup_idx == 0) {
     ptx::setmaxnreg_dec<Config::kProducerRegisters>();
     if (threadIdx.x == 0) produce_keys<Config>(smem, p);

@@ -73,23 +73,21 @@ class Consumer {
     return smem_.tile[work.q_stage][warpgroup_idx_];
   }
 
-  // The shuffle tells ptxas that a whole warp has the same value.
-  static __device__ __forceinline__ int uniform(int x) { return __shfl_sync(0xffffffffu, x, 0); }
-
   // The next tile, up to the first block that this warpgroup computes; false if there is none.
   __device__ __forceinline__ bool await_tile(Work& work) {
     sm90::wait_full(smem_.q_barriers[warpgroup_idx_], q_at_);
     work.q_stage = q_at_.stage;
     const WarpgroupTile& tile = tile_of(work);
-    if (!uniform(tile.is_valid)) return false;
-    work.begin = Config::kSplitsKeys ? uniform(tile.begin) : 0;
-    work.end = uniform(tile.end);
-    work.full_end = uniform(tile.full_end);
-    work.is_half = Config::kHalvesFirst && uniform(tile.is_half);
+    if (!ptx::warp_uniform(tile.is_valid)) return false;
+    work.begin = Config::kSplitsKeys ? ptx::warp_uniform(tile.begin) : 0;
+    work.end = ptx::warp_uniform(tile.end);
+    work.full_end = ptx::warp_uniform(tile.full_end);
+    work.is_half = Config::kHalvesFirst && ptx::warp_uniform(tile.is_half);
     work.accumulates = false;
     if (p_.scale.negate) negate_q();
 #pragma unroll 1
-    for (int n_block = work.end + uniform(tile.skipped) - 1; n_block >= work.end; --n_block) {
+    for (int n_block = work.end + ptx::warp_uniform(tile.skipped) - 1; n_block >= work.end;
+         --n_block) {
       skip_block(/*takes_turn=*/n_block > work.begin);
     }
     return true;

@@ -52,8 +52,7 @@ __global__ void __launch_bounds__(Config::kNumThreads, 1)
   }
   __syncthreads();
 
-  // The shuffle tells ptxas that a whole warp has the same value.
-  const int warpgroup_idx = __shfl_sync(0xffffffffu, threadIdx.x / 128, 0);
+  const int warpgroup_idx = ptx::warp_uniform(threadIdx.x / 128);
   if (warpgroup_idx == 0) {
     ptx::setmaxnreg_dec<Config::kProducerRegisters>();
     if (threadIdx.x == 0) produce_kv<Config>(smem, p);
