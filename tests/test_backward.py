@@ -120,6 +120,21 @@ def test_biased_keys(device, algorithm, dtype, family, with_dlse, causal, determ
     assert relative_error(gradients[0], dq) <= limit
 
 
+@pytest.mark.parametrize("deterministic", [False, True], ids=["", "deterministic"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("algorithm", BACKWARD_ALGORITHMS)
+def test_keys_near_the_largest_fp16(device, algorithm, head_dim, deterministic):
+    """Minus their mean, about -31,000, they are beyond fp16's 65,504."""
+    seqlen = length((4, 1), device)
+    q, k, v, dout = make_qkv_dout(Shape(1, 2, 2, seqlen, seqlen, head_dim), torch.float16, device)
+    k = torch.where(k > 0.7, 60000.0, -60000.0).to(k.dtype)
+    options = {"dlse": torch.randn(1, 2, seqlen, device=device), "scale": 1e-6}
+    gradients = forward_backward(
+        q, k, v, dout, algorithm=algorithm, deterministic=deterministic, **options
+    )[2:]
+    check_gradients(gradients, q, k, v, dout, **options)
+
+
 @pytest.mark.parametrize("causal", CAUSAL_MODES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("algorithm", BACKWARD_ALGORITHMS)

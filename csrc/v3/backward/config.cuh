@@ -30,10 +30,6 @@ struct Config {
   static constexpr bool kCentresKeys = true;     // dQ comes from K without its mean
   static constexpr int kStages = 2;              // of Q and dO
   static constexpr int kNumThreads = (1 + kConsumers) * 128;
-  // Who computes the dQ of a step: both warpgroups, half of the columns each, and add it to the
-  // accumulator from registers; or one of them all of it, the two in turns, and TMA adds it from
-  // shared memory, for which there is no room at head_dim 128.
-  static constexpr bool kSharesDq = kHeadDim == 128;
   // Registers of a thread: a launch gives every thread 65,536 / 384, rounded down to a multiple of
   // 8, and no more can be moved from the producer to the consumers.
   static constexpr int kProducerRegisters = 40;
@@ -45,13 +41,18 @@ struct Config {
   using DsTile = sm90::SmemTile<Element, kBlockM, kBlockN>;
   using GradientTile = sm90::SmemTile<Element, 64, kHeadDim>;  // of a warpgroup
 
+  // dV and dK leave through shared memory of their own where there is room (without it head_dim 64
+  // is 2 to 4% slower); else through what the next tile's first step does not need yet, dV where dS
+  // was and dK where dQ was.
+  static constexpr bool kHasGradientRoom = kHeadDim == 64;
+
   struct SharedStorage {
     KVTile k, v;
     KVTile k_centred;  // K minus its mean
     QTile q[kStages], dout[kStages];
-    DsTile ds[2];
-    GradientTile gradient[kConsumers];                          // dV or dK on its way out
-    alignas(128) float dq[kSharesDq ? 4 : kBlockM * kHeadDim];  // on its way out
+    DsTile ds[2];                                // of the steps whose dQ warpgroup 0, 1 computes
+    alignas(1024) float dq[kBlockM * kHeadDim];  // on its way out
+    GradientTile gradient[kHasGradientRoom ? kConsumers : 0];
     RowStatistics<kBlockM> statistics[kStages];
     alignas(16) float delta[kStages][kBlockM];
     alignas(16) float key_mean[kHeadDim];
@@ -60,7 +61,19 @@ struct Config {
     sm90::RingBarriers<kStages> query_barriers;  // Q, dO and both statistics
     sm90::RingBarriers<1> k_barriers, v_barriers, k_centred_barriers, gradient_barriers,
         dq_barriers;
+    ptx::Mbarrier dq_sent;  // a tile's last dQ has left
+
+    __device__ GradientTile& dv(int warpgroup_idx) {
+      if constexpr (kHasGradientRoom) return gradient[warpgroup_idx];
+      return reinterpret_cast<GradientTile&>(ds[warpgroup_idx]);
+    }
+    __device__ GradientTile& dk(int warpgroup_idx) {
+      if constexpr (kHasGradientRoom) return gradient[warpgroup_idx];
+      return reinterpret_cast<GradientTile*>(dq)[warpgroup_idx];
+    }
   };
+  static_assert(sizeof(GradientTile) <= sizeof(DsTile));
+  static_assert(kConsumers * sizeof(GradientTile) <= kBlockM * kHeadDim * sizeof(float));
   static_assert(sizeof(SharedStorage) <= 227 * 1024, "what one thread block gets on sm_90");
 };
 

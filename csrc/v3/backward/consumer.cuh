@@ -3,8 +3,7 @@
 
 #include <type_traits>
 
-#include "ptx/global_counter.cuh"
-#include "ptx/reduction.cuh"
+#include "common/centred_keys.cuh"
 #include "ptx/stmatrix.cuh"
 #include "ptx/warpgroup.cuh"
 #include "sm90/copy_tile.cuh"
@@ -25,8 +24,6 @@ class Consumer {
   static constexpr int kBlockN = Config::kBlockN;
   static constexpr int kHeadDim = Config::kHeadDim;
   static constexpr int kTilesM = kBlockM / 8;  // of eight columns
-  static constexpr int kDqTiles = kHeadDim / 8 / (Config::kSharesDq ? Config::kConsumers : 1);
-  using KSlab = sm90::SmemTile<Element, kBlockN, sm90::kSlabCols>;
 
  public:
   __device__ __forceinline__ Consumer(SharedStorage& smem, const KernelParams& params,
@@ -44,10 +41,7 @@ class Consumer {
         q_rows_desc_(sm90::Descriptor::mn_major(smem.q[0])),
         dout_rows_desc_(sm90::Descriptor::mn_major(smem.dout[0])),
         ds_desc_(sm90::Descriptor::k_major(smem.ds[0])),
-        k_centred_desc_(
-            Config::kSharesDq
-                ? sm90::Descriptor::mn_major(smem.k_centred).template tile<KSlab>(warpgroup_idx)
-                : sm90::Descriptor::mn_major(smem.k_centred)) {}
+        k_centred_desc_(sm90::Descriptor::mn_major(smem.k_centred)) {}
 
   __device__ __forceinline__ void run() {
     for (;; tile_at_.advance()) {
@@ -55,7 +49,7 @@ class Consumer {
       if (!ptx::warp_uniform(tile().is_valid)) break;
       compute_tile();
       if (lane_idx_ == 0) ptx::mbarrier_arrive(smem_.tile_barriers.empty[tile_at_.stage]);
-      stage_gradient(acc_dv_, 1.f);
+      stage_gradient(smem_.dv(warpgroup_idx_), acc_dv_, 1.f);
       holds_dk_ = true;
     }
     stage_dk();
@@ -65,10 +59,10 @@ class Consumer {
   __device__ __forceinline__ const TileWork& tile() const { return smem_.tile[tile_at_.stage]; }
 
   struct Step {
-    int row0;                // of the query block
-    int key0;                // of this warpgroup
-    int first_full_row;      // query blocks from here on see all its keys
-    bool is_first, is_last;  // of the tile
+    int row0;            // of the query block
+    int key0;            // of this warpgroup
+    int first_full_row;  // query blocks from here on see all its keys
+    bool is_last;        // of the tile
   };
 
   __device__ __forceinline__ void compute_tile() {
@@ -84,36 +78,39 @@ class Consumer {
     const int key0 = ptx::warp_uniform(tile().n_block) * kBlockN + 64 * warpgroup_idx_;
     const int first_full_row =
         key0 + 64 <= p_.mask.seqlen_k ? p_.mask.row_begin(key0 + 63) : p_.mask.seqlen_q;
-    Step step{first_row, key0, first_full_row, true, false};
+    Step step{first_row, key0, first_full_row, steps == 1};
+    if (first_row + kBlockM <= p_.mask.row_begin(key0)) {
+      skip_first(step.is_last);
+    } else {
+      compute</*kIsFirst=*/true>(step);
+    }
 #pragma unroll 1
-    for (int i = 0; i < steps; ++i) {
-      step.is_first = i == 0;
-      step.is_last = i == steps - 1;
-      compute(step);
+    for (int i = 1; i < steps; ++i) {
       step.row0 += kBlockM;
       if (step.row0 >= p_.mask.seqlen_q) step.row0 = first_row;  // of the next head
+      step.is_last = i == steps - 1;
+      compute</*kIsFirst=*/false>(step);
     }
-    pass_turn();
     if (lane_idx_ == 0) ptx::mbarrier_arrive(smem_.k_centred_barriers.empty[0]);
     kv_at_.advance();
   }
 
+  // The first step is code of its own: what it alone has to do lies in nobody else's way.
+  template <bool kIsFirst>
   __device__ __forceinline__ void compute(const Step& step) {
     float acc_s[kTilesM][4], acc_dp[kTilesM][4];
     uint32_t frag_p[kTilesM / 2][4], frag_ds[kTilesM / 2][4];
     sm90::wait_full(smem_.query_barriers, at_);
-    if (step.is_first) sm90::wait_full(smem_.k_barriers, kv_at_);
+    if (kIsFirst) sm90::wait_full(smem_.k_barriers, kv_at_);
     ptx::wgmma_fence();
     sm90::gemm_abt<KVTile, QTile>(acc_s, k_desc_, q_desc_.template tile<QTile>(at_.stage));
-    if (step.is_first) sm90::wait_full(smem_.v_barriers, kv_at_);
+    if (kIsFirst) sm90::wait_full(smem_.v_barriers, kv_at_);
     ptx::wgmma_fence();
     sm90::gemm_abt<KVTile, QTile>(acc_dp, v_desc_, dout_desc_.template tile<QTile>(at_.stage));
 
-    if (step.is_first) centre_keys();
+    if (kIsFirst) centre_keys();
     const auto& statistics = smem_.statistics[at_.stage];
     const bool is_plain = step.row0 >= step.first_full_row && statistics.has_huge == 0;
-    float* const dq_accum =
-        p_.dq_accum + int64_t{statistics.row_block} * (kBlockM * kHeadDim) + dq_offset();
     ptx::wgmma_wait_group<1>();
     if (step.is_last && lane_idx_ == 0) ptx::mbarrier_arrive(smem_.k_barriers.empty[0]);
     if (!is_plain) adjust_scores(acc_s, step);
@@ -123,74 +120,51 @@ class Consumer {
     if (step.is_last && lane_idx_ == 0) ptx::mbarrier_arrive(smem_.v_barriers.empty[0]);
     compute_ds(acc_dp, acc_s, smem_.delta[at_.stage] + first_col());
     sm90::pack_operand<Element>(frag_ds, acc_dp);
+    if (kIsFirst) await_gradient_sent();  // dV lies there
     store_ds(frag_ds);
-    if (step.is_first) stage_dk();  // of the tile before
+    if (kIsFirst) stage_dk();  // of the tile before
 
-    if constexpr (Config::kSharesDq) {
-      float acc_dq[kDqTiles][4];
-      issue_dv(frag_p);
-      ptx::fence_proxy_async();
-      ptx::named_barrier_sync(1, 256);  // dS is complete
-      if (step.is_first) sm90::wait_full(smem_.k_centred_barriers, kv_at_);
-      ptx::wgmma_fence();
-      sm90::gemm_ab<DsTile, KSlab>(acc_dq, ds_desc_.template tile<DsTile>(at_.stage),
-                                   k_centred_desc_);
-      issue_dk(frag_ds, step);
-      pass_turn();
-      await_turn(statistics.row_block);
-      ptx::wgmma_wait_group<1>();
-      if (p_.dq_accum != nullptr) {
-#pragma unroll
-        for (int n = 0; n < kDqTiles; ++n) {
-          const float (&x)[4] = acc_dq[n];
-          ptx::red_add_v4(dq_accum + dq_accum_offset<kHeadDim>(0, n, 0), x[0], x[1], x[2], x[3]);
-        }
-      }
-      ptx::wgmma_wait_group<0>();
-      release_queries();
-    } else {
-      const int owner = at_.stage;  // of this step's dQ
-      ptx::fence_proxy_async();
-      if (owner != warpgroup_idx_) ptx::named_barrier_arrive(1 + owner, 256);
-      issue_dv(frag_p);
-      issue_dk(frag_ds, step);
-      ptx::wgmma_wait_group<0>();
-      release_queries();
-      if (owner == warpgroup_idx_) {
-        ptx::named_barrier_sync(1 + owner, 256);  // dS is complete
-        compute_dq();
-      }
+    announce_ds();
+    issue_dv(frag_p);
+    issue_dk(frag_ds, !kIsFirst);
+    ptx::wgmma_wait_group<0>();
+    finish_step(kIsFirst);
+  }
+
+  // The first step of a tile, in which no query sees this warpgroup's keys: dS = 0.
+  __device__ __forceinline__ void skip_first(bool is_last) {
+    sm90::wait_full(smem_.query_barriers, at_);
+    sm90::wait_full(smem_.k_barriers, kv_at_);
+    sm90::wait_full(smem_.v_barriers, kv_at_);
+    centre_keys();
+    if (is_last && lane_idx_ == 0) {
+      ptx::mbarrier_arrive(smem_.k_barriers.empty[0]);
+      ptx::mbarrier_arrive(smem_.v_barriers.empty[0]);
+    }
+    const uint32_t frag_ds[kTilesM / 2][4] = {};
+    await_gradient_sent();
+    store_ds(frag_ds);
+    stage_dk();
+    clear(acc_dk_);
+    announce_ds();
+    finish_step(/*is_first=*/true);
+  }
+
+  // The warpgroups compute the dQ of the steps in turns.
+  __device__ __forceinline__ bool owns_dq() const { return at_.stage == warpgroup_idx_; }
+
+  __device__ __forceinline__ void announce_ds() {
+    ptx::fence_proxy_async();
+    if (!owns_dq()) ptx::named_barrier_arrive(1 + at_.stage, 256);
+  }
+
+  __device__ __forceinline__ void finish_step(bool is_first) {
+    if (lane_idx_ == 0) ptx::mbarrier_arrive(smem_.query_barriers.empty[at_.stage]);
+    if (owns_dq()) {
+      ptx::named_barrier_sync(1 + at_.stage, 256);  // dS is complete
+      compute_dq(is_first);
     }
     at_.advance();
-  }
-
-  // Where this thread's share of a block of dQ begins.
-  __device__ __forceinline__ int dq_offset() const {
-    const int first = Config::kSharesDq ? warpgroup_idx_ * kDqTiles : 0;
-    return dq_accum_offset<kHeadDim>(0, first, threadIdx.x % 128);
-  }
-
-  // Deterministic gradients: key blocks add in order, a warp at a time. The turn is passed on a
-  // step later, when the additions are done and their completion need not be waited for.
-  __device__ __forceinline__ void await_turn(int row_block) {
-    if (!Config::kIsDeterministic) return;
-    if (lane_idx_ == 0) {
-      const int earlier_turns = tile().n_block * (4 * Config::kConsumers);
-      while (ptx::load_acquire(p_.dq_turns + 2 * int64_t{row_block}) < earlier_turns) {
-      }
-    }
-    added_block_ = row_block;
-    __syncwarp();
-  }
-  __device__ __forceinline__ void pass_turn() {
-    if (!Config::kIsDeterministic || added_block_ < 0) return;
-    __syncwarp();
-    if (lane_idx_ == 0) ptx::add_release(p_.dq_turns + 2 * int64_t{added_block_}, 1);
-    added_block_ = -1;
-  }
-
-  __device__ __forceinline__ void release_queries() {
-    if (lane_idx_ == 0) ptx::mbarrier_arrive(smem_.query_barriers.empty[at_.stage]);
   }
 
   __device__ __forceinline__ void issue_dv(const uint32_t (&frag_p)[kTilesM / 2][4]) {
@@ -198,10 +172,10 @@ class Consumer {
     sm90::gemm_ab<QTile>(acc_dv_, frag_p, dout_rows_desc_.template tile<QTile>(at_.stage), true);
   }
   __device__ __forceinline__ void issue_dk(const uint32_t (&frag_ds)[kTilesM / 2][4],
-                                           const Step& step) {
+                                           bool accumulates) {
     ptx::wgmma_fence();
     sm90::gemm_ab<QTile>(acc_dk_, frag_ds, q_rows_desc_.template tile<QTile>(at_.stage),
-                         !step.is_first);
+                         accumulates);
   }
 
   // This warpgroup's rows of K, minus the mean of the head's keys. From that dQ = dS K is computed:
@@ -209,17 +183,20 @@ class Consumer {
   // the remainder times a large mean of K is an error of 10 to 50% in dQ on biased keys.
   __device__ __forceinline__ void centre_keys() {
     using Pair = std::conditional_t<std::is_same_v<Element, __half>, __half2, __nv_bfloat162>;
+    constexpr float kScale = kCentredKeyScale<Element>;
+    const uint32_t scale_bits = pack<Element>(kScale, kScale);
+    const Pair scale = reinterpret_cast<const Pair&>(scale_bits);
     const int thread_idx = threadIdx.x % 128;
     sm90::wait_empty(smem_.k_centred_barriers, kv_at_);
 #pragma unroll
     for (int slab = 0; slab < KVTile::kSlabs; ++slab) {
       const int col = slab * sm90::kSlabCols + thread_idx % 8 * 8;
-      Pair m[4];
+      Pair minus_mean[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float2 mean = *reinterpret_cast<const float2*>(&smem_.key_mean[col + 2 * i]);
-        const uint32_t bits = pack<Element>(mean.x, mean.y);
-        m[i] = reinterpret_cast<const Pair&>(bits);
+        const uint32_t bits = pack<Element>(-kScale * mean.x, -kScale * mean.y);
+        minus_mean[i] = reinterpret_cast<const Pair&>(bits);
       }
 #pragma unroll
       for (int row = 0; row < 64; row += 16) {
@@ -227,7 +204,7 @@ class Consumer {
         uint4 bits = *reinterpret_cast<const uint4*>(smem_.k.data + offset);
         auto* x = reinterpret_cast<Pair*>(&bits);
 #pragma unroll
-        for (int i = 0; i < 4; ++i) x[i] = __hsub2(x[i], m[i]);
+        for (int i = 0; i < 4; ++i) x[i] = __hfma2(x[i], scale, minus_mean[i]);
         *reinterpret_cast<uint4*>(smem_.k_centred.data + offset) = bits;
       }
     }
@@ -264,7 +241,7 @@ class Consumer {
     }
   }
 
-  __device__ __forceinline__ void compute_dq() {
+  __device__ __forceinline__ void compute_dq(bool is_first) {
     constexpr int kParts = kBlockM / 64;
     float acc_dq[kParts][kHeadDim / 8][4];
     sm90::wait_full(smem_.k_centred_barriers, kv_at_);
@@ -277,6 +254,7 @@ class Consumer {
     }
     ptx::wgmma_wait_group<0>();
     ptx::mbarrier_wait(smem_.dq_barriers.empty[0], at_.stage ^ 1);  // one phase a step
+    if (is_first) await_gradient_sent();                            // dK lies there
 #pragma unroll
     for (int part = 0; part < kParts; ++part) {
 #pragma unroll
@@ -292,20 +270,29 @@ class Consumer {
     if (lane_idx_ == 0) ptx::mbarrier_arrive(smem_.dq_barriers.full[0]);
   }
 
-  // Leaves a gradient in shared memory, to be sent off. There is room for one, so that dK waits in
-  // its registers until the next tile needs these.
-  __device__ __forceinline__ void stage_gradient(const float (&acc)[kHeadDim / 8][4],
+  // Until the gradient left last has been sent, if other data are to lie there.
+  __device__ __forceinline__ void await_gradient_sent() {
+    if (!Config::kHasGradientRoom) sm90::wait_empty(smem_.gradient_barriers, gradient_at_);
+  }
+
+  // Leaves a gradient in shared memory, to be sent off.
+  __device__ __forceinline__ void stage_gradient(typename Config::GradientTile& staging,
+                                                 const float (&acc)[kHeadDim / 8][4],
                                                  float factor) {
     sm90::wait_empty(smem_.gradient_barriers, gradient_at_);
-    sm90::store_accumulator(smem_.gradient[warpgroup_idx_], acc, {factor, factor}, 16 * warp_idx_,
-                            lane_idx_);
+    sm90::store_accumulator(staging, acc, {factor, factor}, 16 * warp_idx_, lane_idx_);
     ptx::fence_proxy_async();
     __syncwarp();
     if (lane_idx_ == 0) ptx::mbarrier_arrive(smem_.gradient_barriers.full[0]);
     gradient_at_.advance();
   }
+
+  // dK waits in its registers until the next tile needs these: at the end of its own there is no
+  // room for it.
   __device__ __forceinline__ void stage_dk() {
-    if (holds_dk_) stage_gradient(acc_dk_, p_.softmax_scale);
+    if (!holds_dk_) return;
+    if (!Config::kHasGradientRoom) ptx::mbarrier_wait(smem_.dq_sent, tile_at_.stage ^ 1);
+    stage_gradient(smem_.dk(warpgroup_idx_), acc_dk_, p_.softmax_scale);
     holds_dk_ = false;
   }
 
@@ -329,7 +316,6 @@ class Consumer {
   sm90::RingPosition<2> tile_at_;
   sm90::RingPosition<1> gradient_at_;
   bool holds_dk_ = false;
-  int added_block_ = -1;  // whose turn is to be passed on
   sm90::RingPosition<1> kv_at_;
 
   float acc_dk_[kHeadDim / 8][4];

@@ -4,7 +4,7 @@
 //
 //   producer, one thread      announces the tiles; loads K, V, and of each step Q, dO, L, delta
 //   gradients, one thread     sends dV and dK off
-//   dQ, one thread            head_dim 64 alone: adds dQ to memory
+//   dQ, one thread            adds dQ to memory
 //   consumers, 64 keys each   the products
 //
 // A tile's steps are the query blocks that see it, of every query head in the group. Everything is
@@ -13,14 +13,21 @@
 //   1. S^T = K Q^T and dP^T = V dO^T are issued
 //   2. wait for S; P = exp2(S - L); wait for dP; dS = P * (dP - delta)
 //   3. dS goes to shared memory, where its rows are queries, for dQ
-//   4. dV += P^T dO, dK += dS^T Q from registers, and dQ = dS (K - mean of K), which needs the dS
-//      of both warpgroups. At head_dim 64 they compute dQ in turns, so that while one does, the
-//      other runs ahead into its next softmax; it leaves through shared memory. At head_dim 128
-//      each computes half of the columns and adds it from registers.
+//   4. dV += P^T dO, dK += dS^T Q from registers
+//   5. dQ = dS (K - mean of K), which needs the dS of both warpgroups. They compute it in turns:
+//   while
+//      one does, the other runs ahead into its next softmax. It leaves through shared memory.
 //
 // Between two tiles nothing waits for memory. K and V of the next one arrive behind the last step;
 // dV goes to shared memory at the end of the tile and dK, for which there is no room beside it, in
 // the middle of the next tile's first step, when its registers are needed.
+//
+// What binds is shared memory, which a step at head_dim 128 keeps busy for about 2,900 clocks (its
+// tensor cores: 2,560): S and dP read 128 bytes a clock, dV and dK 64, dQ 96, beside dS, dQ, TMA's
+// writes and the row statistics. H200, measured and dropped there: both warpgroups computing half
+// of each dQ a step later, so that neither waits, 2 to 4% slower; dQ from registers by red.v4, half
+// the columns each, 1 to 4%; dQ's first summand stored instead of added to zeros, 6%; dQ's last one
+// followed by the conversion to elements, 250%; dV before dS: C7512.
 //
 // Barriers                     who arrives                        who waits
 //   tile full                  the producer                       everyone else
@@ -32,6 +39,7 @@
 //                                                                 before it is overwritten
 //   gradient full / empty      every consumer warp / its thread   its thread / consumers
 //   dQ full / empty            the owner's warps / its thread     its thread / the next owner
+//   dQ sent                    its thread, at the end of a tile   consumers that leave dK there
 //   named 1, 2                 consumers: dS is in shared memory  consumers that need it for dQ
 #pragma once
 
@@ -48,13 +56,14 @@ __global__ void __launch_bounds__(Config::kNumThreads, 1)
   extern __shared__ __align__(1024) char smem_bytes[];
   auto& smem = *reinterpret_cast<typename Config::SharedStorage*>(smem_bytes);
   if (threadIdx.x == 0) {
-    smem.tile_barriers.init(1, kConsumerWarps + (Config::kSharesDq ? 1 : 2));
+    smem.tile_barriers.init(1, kConsumerWarps + 2);
     smem.query_barriers.init(1, kConsumerWarps);
     smem.k_barriers.init(1, kConsumerWarps);
     smem.v_barriers.init(1, kConsumerWarps);
     smem.k_centred_barriers.init(kConsumerWarps, kConsumerWarps);
     smem.gradient_barriers.init(kConsumerWarps, 1);
     smem.dq_barriers.init(4, 1);
+    ptx::mbarrier_init(smem.dq_sent, 1);
     ptx::mbarrier_init_fence();
   }
   __syncthreads();
@@ -64,7 +73,7 @@ __global__ void __launch_bounds__(Config::kNumThreads, 1)
     ptx::setmaxnreg_dec<Config::kProducerRegisters>();
     if (threadIdx.x == 0) Producer<Config>(smem, p).run();
     if (threadIdx.x == 32) send_gradients<Config>(smem, p);
-    if (!Config::kSharesDq && threadIdx.x == 64) add_dq<Config>(smem, p);
+    if (threadIdx.x == 64) add_dq<Config>(smem, p);
   } else {
     ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
     Consumer<Config>(smem, p, warp_idx / 4 - 1).run();

@@ -1,6 +1,7 @@
 // After the main kernel: dQ from its fp32 accumulator.
 #pragma once
 
+#include "common/centred_keys.cuh"
 #include "ptx/griddepcontrol.cuh"
 #include "sm90/store_rows.cuh"
 #include "v3/backward/kernel_params.cuh"
@@ -16,8 +17,10 @@ __global__ void __launch_bounds__(kPostprocessThreads)
   constexpr int kCols = 64;
   constexpr int kTilesN = kCols / 8;
   constexpr int kPieces = kHeadDim / kCols;
-  const int col0 = static_cast<int>(blockIdx.x % kPieces) * kCols;
-  const int64_t rows64 = blockIdx.x / kPieces;
+  // What the main kernel has left last is still in L2.
+  const unsigned block = gridDim.x - 1 - blockIdx.x;
+  const int col0 = static_cast<int>(block % kPieces) * kCols;
+  const int64_t rows64 = block / kPieces;
   const int64_t rows64_per_head = int64_t{p.num_m_blocks} * (kBlockM / 64);
   const int64_t batch_head = rows64 / rows64_per_head;
   const int row0 = static_cast<int>(rows64 % rows64_per_head) * 64 + threadIdx.x / 32 * 16;
@@ -37,6 +40,7 @@ __global__ void __launch_bounds__(kPostprocessThreads)
     acc_dq[n][2] = x.z;
     acc_dq[n][3] = x.w;
   }
+  constexpr float kKeyScale = kHeadDim == 256 ? 1.f : kCentredKeyScale<Element>;
   // A row of dS sums to dL. The main kernel has left the mean of K out of the product, and with it
   // dL times the mean; or, where there are row sums, it has not, and their error is in the result.
   if (p.dlse != nullptr || p.dq_row_sum != nullptr) {
@@ -55,15 +59,15 @@ __global__ void __launch_bounds__(kPostprocessThreads)
       }
 #pragma unroll
       for (int n = 0; n < kTilesN; ++n) {
-        acc_dq[n][2 * half] += missing * mean[8 * n];
-        acc_dq[n][2 * half + 1] += missing * mean[8 * n + 1];
+        acc_dq[n][2 * half] += kKeyScale * missing * mean[8 * n];
+        acc_dq[n][2 * half + 1] += kKeyScale * missing * mean[8 * n + 1];
       }
     }
   }
   Element* dq = static_cast<Element*>(p.dq.data) + batch_idx * p.dq.batch_stride +
                 head_idx * p.dq.head_stride + row0 * p.dq.row_stride + col0;
   sm90::store_rows(dq, p.dq.row_stride, p.mask.seqlen_q - row0, p.head_dim - col0, acc_dq,
-                   p.softmax_scale, lane_idx);
+                   p.softmax_scale / kKeyScale, lane_idx);
 }
 
 }  // namespace flash_ext::v3::backward

@@ -141,7 +141,8 @@ __device__ __forceinline__ void key_mean(const KernelParams& p, int batch_kv_hea
       is_small ? 0.f : to_float(from_float<Element>(mean));
 }
 
-// The key heads first: theirs is the longer work.
+// The key heads first: theirs is the longer work. Then the query rows from the last to the first:
+// what was touched last is what the main kernel begins with, and finds in L2.
 template <typename Element, int kHeadDim, int kBlockM>
 __global__ void __launch_bounds__(kPreprocessThreads)
     preprocess_kernel(const __grid_constant__ KernelParams p) {
@@ -150,7 +151,7 @@ __global__ void __launch_bounds__(kPreprocessThreads)
   if (blockIdx.x < key_heads) {
     key_mean<Element, kHeadDim>(p, static_cast<int>(blockIdx.x));
   } else {
-    row_statistics<Element, kHeadDim, kBlockM>(p, blockIdx.x - key_heads);
+    row_statistics<Element, kHeadDim, kBlockM>(p, gridDim.x - 1 - blockIdx.x);
   }
 }
 

@@ -1,5 +1,5 @@
 // The producer warpgroup: a thread that feeds the consumers by TMA, one that sends dK and dV off,
-// and where it leaves by TMA, one for dQ.
+// and one that sends dQ off.
 #pragma once
 
 #include "ptx/bulk_copy.cuh"
@@ -150,6 +150,7 @@ __device__ __forceinline__ void add_dq(typename Config::SharedStorage& smem,
       }
       dq_at.advance();
     });
+    ptx::mbarrier_arrive(smem.dq_sent);
   }
   ptx::bulk_wait();
 }
@@ -169,7 +170,7 @@ __device__ __forceinline__ void send_gradients(typename Config::SharedStorage& s
       if ((is_dv ? p.dv : p.dk).data != nullptr) {
         const int key0 = tile.n_block * Config::kBlockN;
         for (int part = 0; part < Config::kConsumers; ++part) {
-          sm90::store_slabs(smem.gradient[part], is_dv ? p.dv_map : p.dk_map,
+          sm90::store_slabs(is_dv ? smem.dv(part) : smem.dk(part), is_dv ? p.dv_map : p.dk_map,
                             {key0 + 64 * part, tile.kv_head_idx, tile.batch_idx});
         }
         ptx::tma_store_commit_group();
