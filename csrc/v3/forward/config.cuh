@@ -19,10 +19,18 @@ struct Shape {
   static constexpr int kEarlySteps = kEarlySteps_;
 };
 
-// H200, bf16, 16k tokens, over cuDNN (v3_tuning.json). d=64: 1.21 at 4k and 1.07 at 512 keys, where
-// 128x128 takes 0.96 and no overlap 0.97. d=128: 1.12 at 512, blocks of 64 keys 0.97; all steps
-// early within 4% either way; a third V stage 1.00 to 1.02 of it up to 1k, 0.97 to 0.98 without a
-// mask from 4k. d=256: one early step is up to 2% slower.
+// Kernels of their own, for as parts of the plain one they would cost all calls 1 to 5%: ptxas
+// orders the main loop otherwise.
+enum class Variant {
+  kPlain,
+  kHalves,  // a first block of which only the first half is seen is computed by half
+  kSplit,   // the keys are split, see splits.h
+};
+
+// H200, bf16, 16k tokens, over cuDNN (v3_tuning.json). d=64: 1.21 at 4k and 1.12 at 512 keys, where
+// 128x128 takes 0.96 and no overlap 0.97. d=128: 1.16 at 512, blocks of 64 keys 0.97; all steps
+// early within 4% either way; a third V stage 0.97 to 1.02 of it. d=256: one early step is up to 2%
+// slower; a third K or V stage within 2% either way.
 template <int kHeadDim>
 struct TileShape;
 template <>
@@ -36,14 +44,6 @@ struct TileShape<192> : Shape<2, 96, 2, 2, 1, 1> {};
 template <>
 struct TileShape<256> : Shape<2, 64, 2, 2, 1, 0> {};
 
-// Kernels of their own, for as parts of the plain one they would cost all calls 1 to 5%: ptxas
-// orders the main loop otherwise.
-enum class Variant {
-  kPlain,
-  kHalves,  // a first block of which only the first half is seen is computed by half
-  kSplit,   // the keys are split, see splits.h
-};
-
 template <typename Element_, int kHeadDim_, Variant kVariant>
 struct Config : TileShape<kHeadDim_> {
   using Element = Element_;
@@ -51,6 +51,9 @@ struct Config : TileShape<kHeadDim_> {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kHalvesFirst = kVariant == Variant::kHalves;
   static constexpr bool kSplitsKeys = kVariant == Variant::kSplit;
+  // O leaves through the tile's own Q buffer; where there is one only, straight from registers, so
+  // that the next Q arrives meanwhile (H200, 512 keys: 5 to 10%).
+  static constexpr bool kStagesOutput = !kSplitsKeys && Base::kQBuffers > 1;
   static constexpr int kBlockM = Base::kConsumers * kRowsPerWarpgroup;
   static constexpr int kNumThreads = (1 + Base::kConsumers) * 128;
   // Registers of a thread, moved from the producer to the consumers. A launch gives every thread
@@ -65,7 +68,7 @@ struct Config : TileShape<kHeadDim_> {
   using KVTile = sm90::SmemTile<Element, Base::kBlockN, kHeadDim>;
 
   struct SharedStorage {
-    QTile q[Base::kQBuffers][Base::kConsumers];  // a warpgroup's O on the way out
+    QTile q[Base::kQBuffers][Base::kConsumers];  // or a warpgroup's O on the way out
     KVTile k[Base::kKStages];
     KVTile v[Base::kVStages];
     sm90::RingBarriers<Base::kKStages> k_barriers;
