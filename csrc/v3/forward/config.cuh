@@ -1,14 +1,19 @@
 // Tiles of the v3 forward.
 #pragma once
 
+#include <algorithm>
+
 #include "sm90/pipeline.cuh"
 #include "sm90/smem_tile.cuh"
 #include "v3/forward/scheduler.cuh"
 
 namespace flash_ext::v3::forward {
 
+// Which blocks the warpgroups take turns at: the first one of a tile, or all others.
+enum class Turns { kFirstBlock, kEveryBlock };
+
 template <int kConsumers_, int kBlockN_, int kKStages_, int kVStages_, int kQBuffers_,
-          int kEarlySteps_>
+          int kEarlySteps_, Turns kTurns_ = Turns::kEveryBlock>
 struct Shape {
   static constexpr int kConsumers = kConsumers_;  // warpgroups of 64 query rows
   static constexpr int kBlockN = kBlockN_;        // keys of a block
@@ -17,6 +22,7 @@ struct Shape {
   static constexpr int kQBuffers = kQBuffers_;  // 2: the next tile's Q arrives during this one
   // 16-key steps of weights that are kept before the wait for O; 0: where ptxas likes them.
   static constexpr int kEarlySteps = kEarlySteps_;
+  static constexpr Turns kTurns = kTurns_;
 };
 
 // Kernels of their own, for as parts of the plain one they would cost all calls 1 to 5%: ptxas
@@ -29,8 +35,10 @@ enum class Variant {
 
 // H200, bf16, 16k tokens, over cuDNN (v3_tuning.json). d=64: 1.21 at 4k and 1.12 at 512 keys, where
 // 128x128 takes 0.96 and no overlap 0.97. d=128: 1.16 at 512, blocks of 64 keys 0.97; all steps
-// early within 4% either way; a third V stage 0.97 to 1.02 of it. d=256: one early step is up to 2%
-// slower; a third K or V stage within 2% either way.
+// early within 4% either way; a third V stage 0.97 to 1.02 of it; turns at every block 0.6% more
+// clocks at 8k (now 88.5% of the tensor cores' rate), while turns at the first block alone cost the
+// others up to 4%, d=64 up to 8%. d=256: one early step is up to 2% slower; a third K or V stage
+// within 2% either way.
 template <int kHeadDim>
 struct TileShape;
 template <>
@@ -38,7 +46,7 @@ struct TileShape<64> : Shape<3, 128, 4, 4, 2, 0> {};
 template <>
 struct TileShape<96> : Shape<2, 128, 2, 2, 2, 2> {};
 template <>
-struct TileShape<128> : Shape<2, 128, 2, 2, 2, 2> {};
+struct TileShape<128> : Shape<2, 128, 2, 2, 2, 2, Turns::kFirstBlock> {};
 template <>
 struct TileShape<192> : Shape<2, 96, 2, 2, 1, 1> {};
 template <>
@@ -77,6 +85,9 @@ struct Config : TileShape<kHeadDim_> {
     WarpgroupTile tile[Base::kQBuffers][Base::kConsumers];  // what the Q beside it belongs to
     float never_written;                                    // see pin_before_wait()
   };
+  // A warpgroup waits for its turn before it lets go of blocks that others skip before theirs.
+  static_assert((Base::kConsumers - 1) * kRowsPerWarpgroup <=
+                Base::kBlockN * (std::min(Base::kKStages, Base::kVStages) - 1));
   static_assert(sizeof(SharedStorage) <= 227 * 1024, "what one thread block gets on sm_90");
 };
 

@@ -28,6 +28,7 @@ class Consumer {
   using SharedStorage = typename Config::SharedStorage;
   static constexpr int kBlockN = Config::kBlockN;
   static constexpr int kTilesN = kBlockN / 8;  // of eight columns
+  static constexpr bool kTurnEveryBlock = Config::kTurns == Turns::kEveryBlock;
   static constexpr int kEarlyTiles = Config::kEarlySteps > 0 ? 2 * Config::kEarlySteps : kTilesN;
 
  public:
@@ -97,6 +98,10 @@ class Consumer {
 
   // A tile of which this warpgroup has nothing to compute.
   __device__ __forceinline__ void pass_over(const Work& work) {
+    if (!kTurnEveryBlock) {  // first: the next in turn holds on to a block that is skipped here
+      await_turn();
+      pass_turn();
+    }
     skip_blocks(work);
     if (Config::kSplitsKeys) note_empty_share(tile_of(work));
     release_q(work);
@@ -107,7 +112,7 @@ class Consumer {
 #pragma unroll 1
     for (int n_block = work.end + ptx::warp_uniform(tile_of(work).skipped) - 1; n_block >= work.end;
          --n_block) {
-      if (n_block > work.begin) {
+      if (kTurnEveryBlock && n_block > work.begin) {
         await_turn();
         pass_turn();
       }
@@ -132,9 +137,11 @@ class Consumer {
   __device__ __forceinline__ void first_scores(const Work& work) {
     float acc_s[kKeys / 8][4];
     sm90::wait_full(smem_.k_barriers, k_at_);
+    if (!kTurnEveryBlock) await_turn();
     ptx::wgmma_fence();
     issue_scores(acc_s, work);
     ptx::wgmma_wait_group<0>();
+    if (!kTurnEveryBlock) pass_turn();
     release_k();
     if (work.end > work.full_end) mask_block(acc_s, work, work.end - 1);
     softmax_.update_max(acc_s, p_.scale.log2);
@@ -155,13 +162,13 @@ class Consumer {
   __device__ __forceinline__ void next_block(Work& work, int n_block, bool is_edge) {
     float acc_s[kTilesN][4];
     sm90::wait_full(smem_.k_barriers, k_at_);
-    await_turn();
+    if (kTurnEveryBlock) await_turn();
     ptx::wgmma_fence();
     issue_scores(acc_s, work);
     sm90::wait_full(smem_.v_barriers, v_at_);
     ptx::wgmma_fence();
     issue_product(work);
-    pass_turn();
+    if (kTurnEveryBlock) pass_turn();
     ptx::wgmma_wait_group<1>();
     release_k();
     if (is_edge) mask_block(acc_s, work, n_block);

@@ -16,6 +16,8 @@
 //   softmax 0          |####################|    |####################|
 //   softmax 1     #####|         |####################|    |####################|
 //
+// At d=128 there is a turn for a tile's first S alone: that sets the warpgroups half a step apart.
+//
 // A tile's first block has no P V beside it, its last P V no S: there 1 / l and L are computed. O
 // leaves through the warpgroup's own rows of Q while the next tile begins, sent by the producer:
 // consumers that send it, and wait until TMA has read it, take 3 to 10% longer at d=128 up to 1k
