@@ -29,33 +29,36 @@ struct Shape {
 // orders the main loop otherwise.
 enum class Variant {
   kPlain,
+  kShort,   // few keys, and rows that fill tiles of four warpgroups better than of three: d=64
   kHalves,  // a first block of which only the first half is seen is computed by half
   kSplit,   // the keys are split, see splits.h
 };
 
 // H200, bf16, 16k tokens, over cuDNN (v3_tuning.json). d=64: 1.21 at 4k and 1.12 at 512 keys, where
-// 128x128 takes 0.96 and no overlap 0.97. d=128: 1.16 at 512, blocks of 64 keys 0.97; all steps
-// early within 4% either way; a third V stage 0.97 to 1.02 of it; turns at every block 0.6% more
-// clocks at 8k (now 88.5% of the tensor cores' rate), while turns at the first block alone cost the
-// others up to 4%, d=64 up to 8%. d=256: one early step is up to 2% slower; a third K or V stage
-// within 2% either way.
-template <int kHeadDim>
-struct TileShape;
+// the short shape takes 1.26, 128x128 0.96 and no overlap 0.97; at 16k keys the short one is 5%
+// slower. d=128: 1.16 at 512, blocks of 64 keys 0.97; all steps early within 4% either way; a third
+// V stage 0.97 to 1.02 of it; turns at every block 0.6% more clocks at 8k (now 88.5% of the tensor
+// cores' rate), while turns at the first block alone cost the others up to 4%, d=64 up to 8%.
+// d=256: one early step is up to 2% slower; a third K or V stage within 2% either way.
+template <int kHeadDim, Variant kVariant>
+struct TileShape : TileShape<kHeadDim, Variant::kPlain> {};
 template <>
-struct TileShape<64> : Shape<3, 128, 4, 4, 2, 0> {};
+struct TileShape<64, Variant::kPlain> : Shape<3, 128, 4, 4, 2, 0> {};
 template <>
-struct TileShape<96> : Shape<2, 128, 2, 2, 2, 2> {};
+struct TileShape<64, Variant::kShort> : Shape<4, 64, 8, 8, 2, 0> {};
 template <>
-struct TileShape<128> : Shape<2, 128, 2, 2, 2, 2, Turns::kFirstBlock> {};
+struct TileShape<96, Variant::kPlain> : Shape<2, 128, 2, 2, 2, 2> {};
 template <>
-struct TileShape<192> : Shape<2, 96, 2, 2, 1, 1> {};
+struct TileShape<128, Variant::kPlain> : Shape<2, 128, 2, 2, 2, 2, Turns::kFirstBlock> {};
 template <>
-struct TileShape<256> : Shape<2, 64, 2, 2, 1, 0> {};
+struct TileShape<192, Variant::kPlain> : Shape<2, 96, 2, 2, 1, 1> {};
+template <>
+struct TileShape<256, Variant::kPlain> : Shape<2, 64, 2, 2, 1, 0> {};
 
 template <typename Element_, int kHeadDim_, Variant kVariant>
-struct Config : TileShape<kHeadDim_> {
+struct Config : TileShape<kHeadDim_, kVariant> {
   using Element = Element_;
-  using Base = TileShape<kHeadDim_>;
+  using Base = TileShape<kHeadDim_, kVariant>;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kHalvesFirst = kVariant == Variant::kHalves;
   static constexpr bool kSplitsKeys = kVariant == Variant::kSplit;
@@ -68,7 +71,9 @@ struct Config : TileShape<kHeadDim_> {
   // the same, 65,536 over kNumThreads rounded down to a multiple of 8, and no more can be moved.
   static constexpr int kLaunchRegisters = 65536 / kNumThreads / 8 * 8;
   static constexpr int kProducerRegisters = Base::kConsumers == 2 ? 40 : 32;
-  static constexpr int kConsumerRegisters = Base::kConsumers == 2 ? 232 : 160;
+  static constexpr int kConsumerRegisters = Base::kConsumers == 2   ? 232
+                                            : Base::kConsumers == 3 ? 160
+                                                                    : 112;
   static_assert(kProducerRegisters + Base::kConsumers * kConsumerRegisters <=
                 (1 + Base::kConsumers) * kLaunchRegisters);
 

@@ -33,10 +33,12 @@
 //   named 1.. (turns)          the group before, the group itself   the group whose turn it is
 //   named behind these         one group, where the scale is < 0    the group
 //
-// Budget at                    d=64      d=128     d=256
-//   consumers x keys           3 x 128   2 x 128   2 x 64
-//   Q, K, V in shared memory   48+64+64  64+64+64  64+64+64 KB
-//   registers of a consumer    160       232       232, of which S 64, 64, 32; P half; O d / 2
+// Budget at                    d=64      d=64, short  d=128     d=256
+//   consumers x keys           3 x 128   4 x 64       2 x 128   2 x 64
+//   Q, K, V in shared memory   48+64+64  64+64+64     64+64+64  64+64+64 KB
+//   registers of a consumer    160       112          232       232
+//   of which S, half of it P   64        32           64        32
+//   of which O                 32        32           64        128
 #pragma once
 
 #include "v3/forward/consumer.cuh"
