@@ -276,7 +276,7 @@ def check_store(kernels, out, cols, dtype):
     dump = dump.cpu()
     assert_same(dump[:, : images.shape[1]], images, "store_accumulator, [tile, element]")
     assert bool((dump[:, images.shape[1] :] == POISON).all()), "something was written behind the tile"
-    assert_same(memory.cpu(), expected, "send_rows, [element of the storage]")
+    assert_same(memory.cpu(), expected, "store_slabs, [element of the storage]")
 
 
 def poisoned(*shape):

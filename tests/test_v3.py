@@ -152,6 +152,47 @@ def test_data(device, algorithm, head_dim, family, scale):
     check_forward(*forward(q, k, v, algorithm=algorithm, **options), q, k, v, **options)
 
 
+# ---- short kernel --------------------------------------------------------------------------------
+
+# Of head_dim 64: at most 1024 keys, enough heads, and fewer rows left over by tiles of 256 than by 192.
+SHORT_SEQLENS_Q = (193, 256, 450, 512, 961, 1024)
+SHORT_SEQLENS_K = (1, 63, 64, 65, 127, 129, 449, 1024)
+
+
+@v3
+@pytest.mark.parametrize("causal", CAUSAL_MODES)
+@pytest.mark.parametrize("seqlen_q", SHORT_SEQLENS_Q)
+def test_short_kernel(device, algorithm, seqlen_q, causal):
+    for seqlen_k in SHORT_SEQLENS_K:
+        q, k, v = make_qkv(Shape(1, 24, 8, seqlen_q, seqlen_k, 64), BF16, device)
+        assert flash_ext.explain(q, k, v, algorithm=algorithm).block_m == 256
+        check_forward(*forward(q, k, v, causal=causal, algorithm=algorithm), q, k, v, causal=causal)
+
+
+@v3
+@pytest.mark.parametrize("scale", [None, -0.125, 0.0])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", HALF_DTYPES, ids=dtype_name)
+def test_short_kernel_data(device, algorithm, dtype, family, scale):
+    q, k, v = make_qkv(Shape(1, 24, 8, 199, 257, 40), dtype, device, family)
+    options = {"causal": "bottom_right", "scale": scale}
+    check_forward(*forward(q, k, v, algorithm=algorithm, **options), q, k, v, **options)
+
+
+@v3
+@pytest.mark.parametrize("batch", [1, 32])
+def test_which_calls_are_short(device, algorithm, batch):
+    """Whatever the batch: a row's bits must not depend on it."""
+    for heads, seqlen_q, seqlen_k, block_m in (
+        (12, 512, 1024, 256),
+        (11, 512, 1024, 192),
+        (12, 513, 1024, 192),
+        (12, 512, 1025, 192),
+    ):
+        q, k, v = make_qkv(Shape(batch, heads, heads, seqlen_q, seqlen_k, 64), BF16, device)
+        assert flash_ext.explain(q, k, v, algorithm=algorithm).block_m == block_m
+
+
 # ---- split keys ----------------------------------------------------------------------------------
 
 # Few tiles, many keys; the last share is shorter, or under a causal mask empty for some tiles.
@@ -193,10 +234,10 @@ def test_split_keys_data(device, algorithm, dtype, family, scale):
 @v3
 @pytest.mark.parametrize("causal", CAUSAL_MODES)
 @pytest.mark.parametrize("scale", [None, -0.1])
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_many_tiles_for_each_thread_block(device, algorithm, head_dim, scale, causal):
+@pytest.mark.parametrize(("head_dim", "seqlen_q"), [(64, 550), *((head_dim, 450) for head_dim in HEAD_DIMS)])
+def test_many_tiles_for_each_thread_block(device, algorithm, head_dim, seqlen_q, scale, causal):
     """Buffers and barriers go round many times: each sequence as when it has the GPU to itself."""
-    q, k, v = make_qkv(Shape(40, 12, 4, 450, 500, head_dim), BF16, device)
+    q, k, v = make_qkv(Shape(40, 12, 4, seqlen_q, 500, head_dim), BF16, device)
     options = {"causal": causal, "scale": scale, "algorithm": algorithm}
     out, lse = forward(q, k, v, **options)
     for i in (0, 17, 39):
@@ -208,9 +249,9 @@ def test_many_tiles_for_each_thread_block(device, algorithm, head_dim, scale, ca
 
 @v3
 @pytest.mark.parametrize("causal", ["none", "bottom_right"])
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_repeats_on_a_full_gpu(device, algorithm, head_dim, causal):
-    q, k, v = make_qkv(Shape(8, 16, 4, 1000, 900, head_dim), BF16, device)
+@pytest.mark.parametrize(("head_dim", "seqlen_k"), [(64, 1100), *((head_dim, 900) for head_dim in HEAD_DIMS)])
+def test_repeats_on_a_full_gpu(device, algorithm, head_dim, seqlen_k, causal):
+    q, k, v = make_qkv(Shape(8, 16, 4, 1000, seqlen_k, head_dim), BF16, device)
     first = forward(q, k, v, causal=causal, algorithm=algorithm)
     for i in range(50):
         assert_same_bits(forward(q, k, v, causal=causal, algorithm=algorithm), first, f"repetition {i}")

@@ -68,21 +68,4 @@ __device__ __forceinline__ void store_slabs(Tile& tile, const CUtensorMap& map, 
   }
 }
 
-// One warp sends its 16 rows of the tile off. They may be overwritten once lane 0 has returned from
-// ptx::tma_store_wait_read().
-template <typename Tile>
-__device__ __forceinline__ void send_rows(Tile& tile, const CUtensorMap& map, TileCoords to,
-                                          int row0, int lane_idx) {
-  ptx::fence_proxy_async();
-  __syncwarp();
-  if (lane_idx == 0) {
-#pragma unroll
-    for (int s = 0; s < Tile::kSlabs; ++s) {
-      ptx::tma_store_4d(map, tile.slab(s) + row0 * kSlabRowBytes, s * kSlabCols, to.row + row0,
-                        to.head, to.batch);
-    }
-    ptx::tma_store_commit_group();
-  }
-}
-
 }  // namespace flash_ext::sm90

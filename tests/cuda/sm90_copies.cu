@@ -67,8 +67,13 @@ __global__ void __launch_bounds__(kWorkers)
   const float* const row_factors = factors + block_index() * 64 + row0 + lane_idx / 4;
   const float factor[2] = {row_factors[0], row_factors[8]};
   sm90::store_accumulator(smem.tile, acc, factor, row0, lane_idx);
-  sm90::send_rows(smem.tile, map, block_coords(64), row0, lane_idx);
-  if (lane_idx == 0) ptx::tma_store_wait_read();
+  ptx::fence_proxy_async();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    sm90::store_slabs(smem.tile, map, block_coords(64));
+    ptx::tma_store_commit_group();
+    ptx::tma_store_wait_read();
+  }
   __syncthreads();
   copy(dump + block_index() * smem.kDumpedBytes, &smem, smem.kDumpedBytes);
 }
@@ -169,7 +174,6 @@ const char* load_tiles(int64_t is_bf16, int64_t rows, int64_t cols, const Tensor
   });
 }
 
-// A warp sends its 16 rows by itself: these are the map's boxes.
 const char* store_tiles(int64_t is_bf16, int64_t cols, const Tensor* tensor, int64_t row_tiles,
                         const float* accumulators, const float* factors, char* dump) {
   return message_of([&] {
@@ -177,8 +181,8 @@ const char* store_tiles(int64_t is_bf16, int64_t cols, const Tensor* tensor, int
       with_head_dim(cols, [&](auto kCols) {
         using Tile = sm90::SmemTile<decltype(element), 64, kCols>;
         launch(store_tile_kernel<Tile>, tensor->grid(row_tiles), kWorkers,
-               sizeof(TileStorage<Tile>), tensor->map<decltype(element)>(16), accumulators, factors,
-               dump);
+               sizeof(TileStorage<Tile>), tensor->map<decltype(element)>(Tile::kRows), accumulators,
+               factors, dump);
       });
     });
   });

@@ -1,14 +1,19 @@
 // Tiles of the v3 forward.
 #pragma once
 
+#include <algorithm>
+
 #include "sm90/pipeline.cuh"
 #include "sm90/smem_tile.cuh"
 #include "v3/forward/scheduler.cuh"
 
 namespace flash_ext::v3::forward {
 
+// Which blocks the warpgroups take turns at: the first one of a tile, or all others.
+enum class Turns { kFirstBlock, kEveryBlock };
+
 template <int kConsumers_, int kBlockN_, int kKStages_, int kVStages_, int kQBuffers_,
-          int kEarlySteps_>
+          int kEarlySteps_, Turns kTurns_ = Turns::kEveryBlock>
 struct Shape {
   static constexpr int kConsumers = kConsumers_;  // warpgroups of 64 query rows
   static constexpr int kBlockN = kBlockN_;        // keys of a block
@@ -17,47 +22,58 @@ struct Shape {
   static constexpr int kQBuffers = kQBuffers_;  // 2: the next tile's Q arrives during this one
   // 16-key steps of weights that are kept before the wait for O; 0: where ptxas likes them.
   static constexpr int kEarlySteps = kEarlySteps_;
+  static constexpr Turns kTurns = kTurns_;
 };
-
-// H200, bf16, 16k tokens, over cuDNN (v3_tuning.json). d=64: 1.21 at 4k and 1.07 at 512 keys, where
-// 128x128 takes 0.96 and no overlap 0.97. d=128: 1.12 at 512, blocks of 64 keys 0.97; all steps
-// early within 4% either way; a third V stage 1.00 to 1.02 of it up to 1k, 0.97 to 0.98 without a
-// mask from 4k. d=256: one early step is up to 2% slower.
-template <int kHeadDim>
-struct TileShape;
-template <>
-struct TileShape<64> : Shape<3, 128, 4, 4, 2, 0> {};
-template <>
-struct TileShape<96> : Shape<2, 128, 2, 2, 2, 2> {};
-template <>
-struct TileShape<128> : Shape<2, 128, 2, 2, 2, 2> {};
-template <>
-struct TileShape<192> : Shape<2, 96, 2, 2, 1, 1> {};
-template <>
-struct TileShape<256> : Shape<2, 64, 2, 2, 1, 0> {};
 
 // Kernels of their own, for as parts of the plain one they would cost all calls 1 to 5%: ptxas
 // orders the main loop otherwise.
 enum class Variant {
   kPlain,
+  kShort,   // few keys, and rows that fill tiles of four warpgroups better than of three: d=64
   kHalves,  // a first block of which only the first half is seen is computed by half
   kSplit,   // the keys are split, see splits.h
 };
 
+// H200, bf16, 16k tokens, over cuDNN (v3_tuning.json). d=64: 1.21 at 4k and 1.12 at 512 keys, where
+// the short shape takes 1.26, 128x128 0.96 and no overlap 0.97; at 16k keys the short one is 5%
+// slower. d=128: 1.16 at 512, blocks of 64 keys 0.97; all steps early within 4% either way; a third
+// V stage 0.97 to 1.02 of it; turns at every block 0.6% more clocks at 8k (now 88.5% of the tensor
+// cores' rate), while turns at the first block alone cost the others up to 4%, d=64 up to 8%.
+// d=256: one early step is up to 2% slower; a third K or V stage within 2% either way.
+template <int kHeadDim, Variant kVariant>
+struct TileShape : TileShape<kHeadDim, Variant::kPlain> {};
+template <>
+struct TileShape<64, Variant::kPlain> : Shape<3, 128, 4, 4, 2, 0> {};
+template <>
+struct TileShape<64, Variant::kShort> : Shape<4, 64, 8, 8, 2, 0> {};
+template <>
+struct TileShape<96, Variant::kPlain> : Shape<2, 128, 2, 2, 2, 2> {};
+template <>
+struct TileShape<128, Variant::kPlain> : Shape<2, 128, 2, 2, 2, 2, Turns::kFirstBlock> {};
+template <>
+struct TileShape<192, Variant::kPlain> : Shape<2, 96, 2, 2, 1, 1> {};
+template <>
+struct TileShape<256, Variant::kPlain> : Shape<2, 64, 2, 2, 1, 0> {};
+
 template <typename Element_, int kHeadDim_, Variant kVariant>
-struct Config : TileShape<kHeadDim_> {
+struct Config : TileShape<kHeadDim_, kVariant> {
   using Element = Element_;
-  using Base = TileShape<kHeadDim_>;
+  using Base = TileShape<kHeadDim_, kVariant>;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kHalvesFirst = kVariant == Variant::kHalves;
   static constexpr bool kSplitsKeys = kVariant == Variant::kSplit;
+  // O leaves through the tile's own Q buffer; where there is one only, straight from registers, so
+  // that the next Q arrives meanwhile (H200, 512 keys: 5 to 10%).
+  static constexpr bool kStagesOutput = !kSplitsKeys && Base::kQBuffers > 1;
   static constexpr int kBlockM = Base::kConsumers * kRowsPerWarpgroup;
   static constexpr int kNumThreads = (1 + Base::kConsumers) * 128;
   // Registers of a thread, moved from the producer to the consumers. A launch gives every thread
   // the same, 65,536 over kNumThreads rounded down to a multiple of 8, and no more can be moved.
   static constexpr int kLaunchRegisters = 65536 / kNumThreads / 8 * 8;
   static constexpr int kProducerRegisters = Base::kConsumers == 2 ? 40 : 32;
-  static constexpr int kConsumerRegisters = Base::kConsumers == 2 ? 232 : 160;
+  static constexpr int kConsumerRegisters = Base::kConsumers == 2   ? 232
+                                            : Base::kConsumers == 3 ? 160
+                                                                    : 112;
   static_assert(kProducerRegisters + Base::kConsumers * kConsumerRegisters <=
                 (1 + Base::kConsumers) * kLaunchRegisters);
 
@@ -65,7 +81,7 @@ struct Config : TileShape<kHeadDim_> {
   using KVTile = sm90::SmemTile<Element, Base::kBlockN, kHeadDim>;
 
   struct SharedStorage {
-    QTile q[Base::kQBuffers][Base::kConsumers];  // a warpgroup's O on the way out
+    QTile q[Base::kQBuffers][Base::kConsumers];  // or a warpgroup's O on the way out
     KVTile k[Base::kKStages];
     KVTile v[Base::kVStages];
     sm90::RingBarriers<Base::kKStages> k_barriers;
@@ -74,6 +90,9 @@ struct Config : TileShape<kHeadDim_> {
     WarpgroupTile tile[Base::kQBuffers][Base::kConsumers];  // what the Q beside it belongs to
     float never_written;                                    // see pin_before_wait()
   };
+  // A warpgroup waits for its turn before it lets go of blocks that others skip before theirs.
+  static_assert((Base::kConsumers - 1) * kRowsPerWarpgroup <=
+                Base::kBlockN * (std::min(Base::kKStages, Base::kVStages) - 1));
   static_assert(sizeof(SharedStorage) <= 227 * 1024, "what one thread block gets on sm_90");
 };
 

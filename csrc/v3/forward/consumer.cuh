@@ -3,6 +3,7 @@
 
 #include "ptx/warpgroup.cuh"
 #include "sm90/copy_tile.cuh"
+#include "sm90/store_rows.cuh"
 #include "sm90/warpgroup_gemm.cuh"
 #include "v3/forward/config.cuh"
 #include "v3/forward/kernel_params.cuh"
@@ -27,6 +28,7 @@ class Consumer {
   using SharedStorage = typename Config::SharedStorage;
   static constexpr int kBlockN = Config::kBlockN;
   static constexpr int kTilesN = kBlockN / 8;  // of eight columns
+  static constexpr bool kTurnEveryBlock = Config::kTurns == Turns::kEveryBlock;
   static constexpr int kEarlyTiles = Config::kEarlySteps > 0 ? 2 * Config::kEarlySteps : kTilesN;
 
  public:
@@ -44,21 +46,17 @@ class Consumer {
   __device__ __forceinline__ void run() {
     if (warpgroup_idx_ == Config::kConsumers - 1) pass_turn();  // warpgroup 0 begins
     Work work;
-    for (; await_tile(work); q_at_.advance()) {
+    // As `while (await_tile(work))` ptxas no longer sees that positions in the rings are the same
+    // for a whole warp, and the main loop grows by 60 to 100 instructions.
+    for (bool is_valid = await_tile(work); is_valid; is_valid = await_tile(work)) {
       if (work.begin == work.end) {
-        if (Config::kSplitsKeys) note_empty_share(tile_of(work));
-        release_previous_q(work);
-        release_q(work.q_stage);
-        continue;
+        pass_over(work);
+      } else {
+        first_block(work);
+        other_blocks(work);
+        end_tile(work);
       }
-      first_block(work);
-      release_previous_q(work);  // by now TMA has read the O in it
-      other_blocks(work);
-      float inverse_sums[2];
-      add_last_product(work, inverse_sums);
-      store(work, inverse_sums);
     }
-    if (lane_idx_ == 0) ptx::tma_store_wait_read();
   }
 
  private:
@@ -73,10 +71,11 @@ class Consumer {
     return smem_.tile[work.q_stage][warpgroup_idx_];
   }
 
-  // The next tile, up to the first block that this warpgroup computes; false if there is none.
+  // The next tile; false if there is none.
   __device__ __forceinline__ bool await_tile(Work& work) {
     sm90::wait_full(smem_.q_barriers[warpgroup_idx_], q_at_);
     work.q_stage = q_at_.stage;
+    q_at_.advance();
     const WarpgroupTile& tile = tile_of(work);
     if (!ptx::warp_uniform(tile.is_valid)) return false;
     work.begin = Config::kSplitsKeys ? ptx::warp_uniform(tile.begin) : 0;
@@ -84,40 +83,50 @@ class Consumer {
     work.full_end = ptx::warp_uniform(tile.full_end);
     work.is_half = Config::kHalvesFirst && ptx::warp_uniform(tile.is_half);
     work.accumulates = false;
-    if (p_.scale.negate) negate_q();
-#pragma unroll 1
-    for (int n_block = work.end + ptx::warp_uniform(tile.skipped) - 1; n_block >= work.end;
-         --n_block) {
-      skip_block(/*takes_turn=*/n_block > work.begin);
-    }
+    if (p_.scale.negate) negate_q(work);
     return true;
   }
 
   // A negative scale changes the sign of Q, once a tile, and the kernel goes on with |scale|.
-  __device__ __forceinline__ void negate_q() {
-    auto* words = reinterpret_cast<uint32_t*>(smem_.q[q_at_.stage][warpgroup_idx_].data);
+  __device__ __forceinline__ void negate_q(const Work& work) {
+    auto* words = reinterpret_cast<uint32_t*>(smem_.q[work.q_stage][warpgroup_idx_].data);
 #pragma unroll 4
     for (int i = threadIdx.x % 128; i < QTile::kBytes / 4; i += 128) words[i] ^= 0x80008000u;
     ptx::fence_proxy_async();
     ptx::named_barrier_sync(1 + Config::kConsumers + warpgroup_idx_, 128);
   }
 
-  // A block that other warpgroups of the tile see and this one does not.
-  __device__ __forceinline__ void skip_block(bool takes_turn) {
-    if (takes_turn) {
+  // A tile of which this warpgroup has nothing to compute.
+  __device__ __forceinline__ void pass_over(const Work& work) {
+    if (!kTurnEveryBlock) {  // first: the next in turn holds on to a block that is skipped here
       await_turn();
       pass_turn();
     }
-    sm90::wait_full(smem_.k_barriers, k_at_);
-    release_k();
-    sm90::wait_full(smem_.v_barriers, v_at_);
-    release_v();
+    skip_blocks(work);
+    if (Config::kSplitsKeys) note_empty_share(tile_of(work));
+    release_q(work);
+  }
+
+  // The blocks that other warpgroups of the tile see and this one does not.
+  __device__ __forceinline__ void skip_blocks(const Work& work) {
+#pragma unroll 1
+    for (int n_block = work.end + ptx::warp_uniform(tile_of(work).skipped) - 1; n_block >= work.end;
+         --n_block) {
+      if (kTurnEveryBlock && n_block > work.begin) {
+        await_turn();
+        pass_turn();
+      }
+      sm90::wait_full(smem_.k_barriers, k_at_);
+      release_k();
+      sm90::wait_full(smem_.v_barriers, v_at_);
+      release_v();
+    }
   }
 
   // Nothing overlaps with it: what need not be computed is time saved.
   __device__ __forceinline__ void first_block(const Work& work) {
+    skip_blocks(work);
     softmax_ = Softmax();
-    sm90::wait_full(smem_.k_barriers, k_at_);
     if constexpr (Config::kHalvesFirst) {
       if (work.is_half) return first_scores<kBlockN / 2>(work);
     }
@@ -127,9 +136,12 @@ class Consumer {
   template <int kKeys>
   __device__ __forceinline__ void first_scores(const Work& work) {
     float acc_s[kKeys / 8][4];
+    sm90::wait_full(smem_.k_barriers, k_at_);
+    if (!kTurnEveryBlock) await_turn();
     ptx::wgmma_fence();
-    issue_scores(acc_s);
+    issue_scores(acc_s, work);
     ptx::wgmma_wait_group<0>();
+    if (!kTurnEveryBlock) pass_turn();
     release_k();
     if (work.end > work.full_end) mask_block(acc_s, work, work.end - 1);
     softmax_.update_max(acc_s, p_.scale.log2);
@@ -150,13 +162,13 @@ class Consumer {
   __device__ __forceinline__ void next_block(Work& work, int n_block, bool is_edge) {
     float acc_s[kTilesN][4];
     sm90::wait_full(smem_.k_barriers, k_at_);
-    await_turn();
+    if (kTurnEveryBlock) await_turn();
     ptx::wgmma_fence();
-    issue_scores(acc_s);
+    issue_scores(acc_s, work);
     sm90::wait_full(smem_.v_barriers, v_at_);
     ptx::wgmma_fence();
     issue_product(work);
-    pass_turn();
+    if (kTurnEveryBlock) pass_turn();
     ptx::wgmma_wait_group<1>();
     release_k();
     if (is_edge) mask_block(acc_s, work, n_block);
@@ -172,19 +184,31 @@ class Consumer {
     softmax_.rescale_accumulator(acc_o_);
   }
 
-  __device__ __forceinline__ void add_last_product(Work& work, float (&inverse_sums)[2]) {
+  // The last P V, and O / l.
+  __device__ __forceinline__ void end_tile(Work& work) {
+    const WarpgroupTile tile = tile_of(work);
+    if (!Config::kStagesOutput) release_q(work);  // the next one arrives while this tile ends
     sm90::wait_full(smem_.v_barriers, v_at_);
     ptx::wgmma_fence();
     issue_product(work);
-    finish_rows(inverse_sums, tile_of(work));  // meanwhile
+    float inverse_sums[2];
+    finish_rows(inverse_sums, tile);  // meanwhile
     ptx::wgmma_wait_group<0>();
     release_v();
+    if constexpr (Config::kSplitsKeys) {
+      store_share(tile, inverse_sums);
+    } else if constexpr (Config::kStagesOutput) {
+      stage_rows(work, inverse_sums);
+      release_q(work);
+    } else {
+      store_rows(tile, inverse_sums);
+    }
   }
 
   template <int kN>
-  __device__ __forceinline__ void issue_scores(float (&acc_s)[kN][4]) {
+  __device__ __forceinline__ void issue_scores(float (&acc_s)[kN][4], const Work& work) {
     sm90::gemm_abt<QTile, KVTile, 8 * kN>(acc_s,
-                                          q_desc_.tile<QTile>(q_at_.stage * Config::kConsumers),
+                                          q_desc_.tile<QTile>(work.q_stage * Config::kConsumers),
                                           k_desc_.tile<KVTile>(k_at_.stage));
   }
   __device__ __forceinline__ void issue_product(Work& work) {
@@ -226,27 +250,25 @@ class Consumer {
     }
   }
 
-  // O / l.
-  __device__ __forceinline__ void store(const Work& work, const float (&inverse_sums)[2]) {
-    if (Config::kSplitsKeys) {
-      store_share(tile_of(work), inverse_sums);
-    } else {
-      send_rows(work, inverse_sums);
-    }
-    if (Config::kQBuffers == 1) {
-      release_q(work.q_stage);
-    } else {
-      holds_previous_q_ = true;
-    }
+  // To this warp's own rows of Q, which nobody reads any more. The producer sends them.
+  __device__ __forceinline__ void stage_rows(const Work& work, const float (&inverse_sums)[2]) {
+    sm90::store_accumulator(smem_.q[work.q_stage][warpgroup_idx_], acc_o_, inverse_sums,
+                            16 * warp_idx_, lane_idx_);
+    ptx::fence_proxy_async();
   }
 
-  // Through this warp's own rows of Q, which nobody reads any more.
-  __device__ __forceinline__ void send_rows(const Work& work, const float (&inverse_sums)[2]) {
-    const WarpgroupTile& tile = tile_of(work);
-    QTile& staging = smem_.q[work.q_stage][warpgroup_idx_];
-    sm90::store_accumulator(staging, acc_o_, inverse_sums, 16 * warp_idx_, lane_idx_);
-    sm90::send_rows(staging, p_.out_map, {tile.row0, tile.head_idx, tile.batch_idx}, 16 * warp_idx_,
-                    lane_idx_);
+  __device__ __forceinline__ void store_rows(const WarpgroupTile& tile,
+                                             const float (&inverse_sums)[2]) {
+#pragma unroll
+    for (int n = 0; n < Config::kHeadDim / 8; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) acc_o_[n][i] *= inverse_sums[i / 2];
+    }
+    const int row0 = tile.row0 + 16 * warp_idx_;
+    auto* const out = static_cast<Element*>(p_.out.data) + tile.batch_idx * p_.out.batch_stride +
+                      tile.head_idx * p_.out.head_stride + row0 * p_.out.row_stride;
+    sm90::store_rows(out, p_.out.row_stride, p_.mask.seqlen_q - row0, p_.head_dim, acc_o_, 1.f,
+                     lane_idx_);
   }
 
   // In fp32, to be merged with the other shares.
@@ -274,18 +296,12 @@ class Consumer {
     }
   }
 
-  // The producer may overwrite a Q buffer when TMA has read the O in it.
-  __device__ __forceinline__ void release_q(int stage) {
+  // The producer may fill the Q buffer again, after sending off the O that was staged in it.
+  __device__ __forceinline__ void release_q(const Work& work) {
+    __syncwarp();
     if (lane_idx_ == 0) {
-      ptx::tma_store_wait_read();
-      ptx::mbarrier_arrive(smem_.q_barriers[warpgroup_idx_].empty[stage]);
+      ptx::mbarrier_arrive(smem_.q_barriers[warpgroup_idx_].empty[work.q_stage]);
     }
-  }
-
-  __device__ __forceinline__ void release_previous_q(const Work& work) {
-    if (Config::kQBuffers == 1 || !holds_previous_q_) return;
-    release_q(work.q_stage ^ 1);
-    holds_previous_q_ = false;
   }
 
   // Every warp lets go for itself: one that has not yet seen a buffer full must not find it filled
@@ -299,7 +315,8 @@ class Consumer {
     v_at_.advance();
   }
 
-  // The warpgroups take turns in issuing products, so that one's softmax falls on the other's.
+  // The warpgroups take turns in issuing products, so that one's softmax falls on another's: each
+  // as many in a tile, also at blocks that it skips.
   __device__ __forceinline__ void await_turn() { ptx::named_barrier_sync(1 + warpgroup_idx_, 256); }
   __device__ __forceinline__ void pass_turn() {
     ptx::named_barrier_arrive(1 + (warpgroup_idx_ + 1) % Config::kConsumers, 256);
@@ -314,8 +331,6 @@ class Consumer {
   sm90::RingPosition<Config::kQBuffers> q_at_;
   sm90::RingPosition<Config::kKStages> k_at_;
   sm90::RingPosition<Config::kVStages> v_at_;
-
-  bool holds_previous_q_ = false;
 
   Softmax softmax_;
   float acc_o_[Config::kHeadDim / 8][4];

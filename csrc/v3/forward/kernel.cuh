@@ -1,7 +1,7 @@
 // v3 forward: FlashAttention-3's schedule (Shah et al. 2024, arXiv 2407.08608, Algorithm 2) for
 // Hopper: TMA, wgmma, specialised warps. The grid is persistent, one thread block a multiprocessor.
 //
-//   producer, two threads     K and V of one tile's blocks after another | Q of the tiles
+//   producer, two threads     K and V of one tile's blocks after another | Q and O of the tiles
 //   consumers, 64 rows each   S = Q K^T, softmax, O += P V
 //
 // A warpgroup's step for block j, the last visible block first; j + 1 is the block before:
@@ -16,21 +16,29 @@
 //   softmax 0          |####################|    |####################|
 //   softmax 1     #####|         |####################|    |####################|
 //
+// At d=128 there is a turn for a tile's first S alone: that sets the warpgroups half a step apart.
+//
 // A tile's first block has no P V beside it, its last P V no S: there 1 / l and L are computed. O
-// leaves through the warpgroup's own rows of Q, by TMA, while the next tile begins.
+// leaves through the warpgroup's own rows of Q while the next tile begins, sent by the producer:
+// consumers that send it, and wait until TMA has read it, take 3 to 10% longer at d=128 up to 1k
+// keys. With a single Q buffer O leaves straight from registers, and the next Q arrives from the
+// last S on. The next tile's first S issued behind the last P V, before O leaves, is up to 7%
+// slower, two halves of a block's S in flight at d=64 4 to 15% (H200).
 //
 // Barriers                     who arrives                          who waits
 //   K, V full, a stage         the producer, then TMA's bytes       consumers
 //   K, V empty, a stage        every consumer warp                  K/V thread of the producer
 //   Q full, buffer and group   the producer, then TMA's bytes       the group
-//   Q empty, buffer and group  the group's warps, O being sent      Q thread of the producer
+//   Q empty, buffer and group  the group's warps, O lying there     Q thread of the producer
 //   named 1.. (turns)          the group before, the group itself   the group whose turn it is
 //   named behind these         one group, where the scale is < 0    the group
 //
-// Budget at                    d=64      d=128     d=256
-//   consumers x keys           3 x 128   2 x 128   2 x 64
-//   Q, K, V in shared memory   48+64+64  64+64+64  64+64+64 KB
-//   registers of a consumer    160       232       232, of which S 64, 64, 32; P half; O d / 2
+// Budget at                    d=64      d=64, short  d=128     d=256
+//   consumers x keys           3 x 128   4 x 64       2 x 128   2 x 64
+//   Q, K, V in shared memory   48+64+64  64+64+64     64+64+64  64+64+64 KB
+//   registers of a consumer    160       112          232       232
+//   of which S, half of it P   64        32           64        32
+//   of which O                 32        32           64        128
 #pragma once
 
 #include "v3/forward/consumer.cuh"

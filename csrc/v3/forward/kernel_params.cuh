@@ -5,6 +5,7 @@
 
 #include "common/mask.h"
 #include "common/online_softmax.cuh"
+#include "params.h"
 #include "v3/forward/scheduler.cuh"
 
 namespace flash_ext::v3::forward {
@@ -17,6 +18,8 @@ struct Shares {
 
 struct KernelParams {
   CUtensorMap q_map, k_map, v_map, out_map;
+  TensorView out;
+  int head_dim;  // of the tensors, at most kHeadDim
   float* lse;
   Shares shares;
   Mask mask;

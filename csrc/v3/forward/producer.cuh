@@ -46,7 +46,19 @@ __device__ __forceinline__ void produce_kv(typename Config::SharedStorage& smem,
   }
 }
 
+// The O that a warpgroup has staged in a Q buffer.
+template <typename Config>
+__device__ __forceinline__ void send_output(typename Config::SharedStorage& smem,
+                                            const KernelParams& p, int stage, int warpgroup_idx) {
+  const WarpgroupTile& tile = smem.tile[stage][warpgroup_idx];
+  if (tile.begin == tile.end) return;
+  sm90::store_slabs(smem.q[stage][warpgroup_idx], p.out_map,
+                    {tile.row0, tile.head_idx, tile.batch_idx});
+  ptx::tma_store_commit_group();
+}
+
 // Each warpgroup's rows of Q, with the tile they belong to; behind the last one the end mark.
+// Before a buffer is filled again, the O in it is sent off.
 template <typename Config>
 __device__ __forceinline__ void produce_q(typename Config::SharedStorage& smem,
                                           const KernelParams& p) {
@@ -66,6 +78,10 @@ __device__ __forceinline__ void produce_q(typename Config::SharedStorage& smem,
       const int end = max(
           blocks.begin, min(blocks.end, num_key_blocks(p.mask, row0, kRowsPerWarpgroup, kBlockN)));
       sm90::wait_empty(ring, at);
+      if (Config::kStagesOutput && round > Config::kQBuffers) {
+        send_output<Config>(smem, p, at.stage, c);
+        ptx::tma_store_wait_read();
+      }
       smem.tile[at.stage][c] = {
           row0,
           tile.head_idx,
@@ -86,6 +102,13 @@ __device__ __forceinline__ void produce_q(typename Config::SharedStorage& smem,
     }
     at.advance();
   } while (tile.is_valid);
+  if (!Config::kStagesOutput) return;
+  static_assert(!Config::kStagesOutput || Config::kQBuffers == 2);  // one beside the end mark's
+  for (int c = 0; c < Config::kConsumers; ++c) {
+    sm90::wait_empty(smem.q_barriers[c], at);
+    send_output<Config>(smem, p, at.stage, c);
+  }
+  ptx::tma_store_wait_read();
 }
 
 }  // namespace flash_ext::v3::forward

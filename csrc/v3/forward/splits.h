@@ -8,7 +8,7 @@
 
 namespace flash_ext::v3 {
 
-// Query rows of a thread block's tile.
+// Query rows of a tile where the keys may be split.
 constexpr int64_t forward_block_m(int64_t padded_head_dim) {
   return padded_head_dim == 64 ? 192 : 128;
 }
