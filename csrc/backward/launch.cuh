@@ -50,11 +50,16 @@ void launch_preprocess(const BackwardParams& params, const KernelParams& p, cuda
 }
 
 template <typename Config>
-void launch_kv(const BackwardParams& params, const KernelParams& p, cudaStream_t stream) {
+void launch_kv(const BackwardParams& params, KernelParams p, cudaStream_t stream) {
   const AttentionShape& s = params.shape;
   const bool with_dq = BackwardWorkspace::accumulates_dq(params);
+  // Q and dO of one query head at a time, and dQ's accumulator.
+  const int64_t head_bytes =
+      s.seqlen_q * s.head_dim * (2 * sizeof(typename Config::Element) + with_dq * sizeof(float));
+  const int64_t num_n_blocks = num_blocks(s.seqlen_k, Config::kBlockN);
+  p.order = tile_order(s, params.mask.is_causal, num_n_blocks, s.batch * s.heads_kv, head_bytes);
   launch_kernel(with_dq ? kv_kernel<Config, true> : kv_kernel<Config, false>,
-                s.batch * s.heads_kv * num_blocks(s.seqlen_k, Config::kBlockN), Config::kNumThreads,
+                s.batch * s.heads_kv * num_n_blocks, Config::kNumThreads,
                 sizeof(typename Config::SharedStorage), stream, "the backward's kv kernel", p, s);
   if (!with_dq) return;
   launch_kernel(dq_postprocess_kernel<Config>,
@@ -64,11 +69,13 @@ void launch_kv(const BackwardParams& params, const KernelParams& p, cudaStream_t
 }
 
 template <typename Config>
-void launch_dq(const BackwardParams& params, const KernelParams& p, cudaStream_t stream) {
+void launch_dq(const BackwardParams& params, KernelParams p, cudaStream_t stream) {
   const AttentionShape& s = params.shape;
-  launch_kernel(dq_kernel<Config>, s.batch * s.heads_q * num_blocks(s.seqlen_q, Config::kBlockM),
-                Config::kNumThreads, sizeof(typename Config::SharedStorage), stream,
-                "the backward's dq kernel", p, s);
+  const int64_t head_bytes = s.seqlen_k * s.head_dim * 2 * sizeof(typename Config::Element);  // K, V
+  const int64_t num_m_blocks = num_blocks(s.seqlen_q, Config::kBlockM);
+  p.order = tile_order(s, params.mask.is_causal, num_m_blocks, s.batch * s.heads_q, head_bytes);
+  launch_kernel(dq_kernel<Config>, s.batch * s.heads_q * num_m_blocks, Config::kNumThreads,
+                sizeof(typename Config::SharedStorage), stream, "the backward's dq kernel", p, s);
 }
 
 }  // namespace backward

@@ -3,6 +3,7 @@
 
 #include "backward/workspace.h"
 #include "common/online_softmax.cuh"
+#include "common/tile_order.cuh"
 #include "params.h"
 #include "sm80/warp_gemm.cuh"
 
@@ -20,6 +21,7 @@ struct KernelParams {
   int heads_kv;
   int group_size;
   int padded_seqlen_q;
+  TileOrder order{};  // of the kernel's own tiles
   // Sections of the workspace, see BackwardWorkspace.
   float* lse_log2;
   float* delta;

@@ -39,11 +39,17 @@ __device__ __forceinline__ void mbarrier_arrive_expect_tx(Mbarrier& bar, int byt
 // Waits until the phase of this parity has completed. A fresh barrier counts as having completed a
 // phase of parity 1.
 __device__ __forceinline__ void mbarrier_wait(Mbarrier& bar, uint32_t parity) {
+#if __CUDA_ARCH__ >= 900
+#define FLASH_EXT_TRY_WAIT "mbarrier.try_wait.parity.shared::cta.b64"  // may suspend the thread
+#else
+#define FLASH_EXT_TRY_WAIT "mbarrier.test_wait.parity.shared::cta.b64"
+#endif
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
       "WAIT:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      FLASH_EXT_TRY_WAIT
+      " done, [%0], %1;\n"
       "@!done bra WAIT;\n"
       "}\n" ::"r"(smem_addr(&bar)),
       "r"(parity)

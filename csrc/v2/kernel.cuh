@@ -14,6 +14,7 @@
 
 #include "common/block_range.h"
 #include "common/online_softmax.cuh"
+#include "common/tile_order.cuh"
 #include "params.h"
 #include "sm80/copy_tile.cuh"
 #include "sm80/warp_gemm.cuh"
@@ -29,7 +30,7 @@ struct KernelParams {
   int head_dim;
   int heads_q;
   int group_size;
-  int num_m_blocks;
+  TileOrder order;
 };
 
 // A warp's place in the tile and its state on the walk over K/V.
@@ -154,9 +155,9 @@ __global__ void __launch_bounds__(Config::kNumThreads, 1)
   auto& smem = *reinterpret_cast<typename Config::SharedStorage*>(smem_bytes);
 
   const int thread_idx = threadIdx.x;
-  // Causal tiles grow with the row: the longest start first, so that no long one starts last.
-  const int m_block = p.num_m_blocks - 1 - static_cast<int>(blockIdx.x % p.num_m_blocks);
-  const int batch_head = blockIdx.x / p.num_m_blocks;
+  const TileOrder::Place place = p.order.place(static_cast<int>(blockIdx.x));
+  const int m_block = p.order.tiles_per_head - 1 - place.rank;  // causal tiles grow with the row
+  const int batch_head = place.head;
   const int batch_idx = batch_head / p.heads_q;
   const int head_idx = batch_head % p.heads_q;
   const int kv_head_idx = head_idx / p.group_size;

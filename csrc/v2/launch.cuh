@@ -46,7 +46,9 @@ void launch_forward_v2(const ForwardParams& params, CudaStream stream) {
                              static_cast<int>(s.head_dim),
                              static_cast<int>(s.heads_q),
                              static_cast<int>(s.group_size()),
-                             num_m_blocks};
+                             tile_order(s, params.mask.is_causal, num_m_blocks,
+                                        s.batch * s.heads_q,
+                                        2 * sizeof(Element) * s.seqlen_k * s.head_dim)};
     launch_kernel(v2::forward_kernel<Config>, s.batch * s.heads_q * num_m_blocks,
                   Config::kNumThreads, sizeof(typename Config::SharedStorage), stream,
                   "the v2 forward kernel", p, s);
