@@ -11,11 +11,16 @@
 //   5.   dV += P^T dO,  dK += dS^T Q
 //   6.   dQ_i += dS K', added to an fp32 buffer in memory, for other thread blocks add to its rows
 //   7. dK * scale, dV leave through shared memory
+//
+// Every warp needs what others write, in every iteration. They meet at mbarriers, at which a warp
+// arrives as soon as it can and waits as late as it can, with a product of its own in between:
+// against __syncthreads() at 4x16x4096, d=128, 1.10 times as fast (causal 1.14), at d=64 1.03.
 #pragma once
 
 #include "backward/config.cuh"
 #include "backward/params.cuh"
 #include "common/block_range.h"
+#include "ptx/griddepcontrol.cuh"
 #include "ptx/reduction.cuh"
 #include "sm80/copy_tile.cuh"
 
@@ -159,18 +164,7 @@ __global__ void __launch_bounds__(Config::kNumThreads, Config::kMinBlocks)
       ptx::cp_async_16B_zfill(ptx::smem_addr(&smem.lse_log2[stage][i]), p.lse_log2 + row + i, 16);
       ptx::cp_async_16B_zfill(ptx::smem_addr(&smem.delta[stage][i]), p.delta + row + i, 16);
     }
-    if (copies_are_async) {
-      ptx::cp_async_mbarrier_arrive(ptx::smem_addr(&smem.full[stage]));
-    } else {
-      ptx::cp_async_commit_group();
-      ptx::cp_async_wait_group<0>();
-      ptx::mbarrier_arrive(smem.full[stage]);
-    }
-  };
-  // Lets go of, or hands over, what this warp has read or written.
-  const auto arrive = [&](ptx::Mbarrier& bar) {
-    __syncwarp();
-    if (lane_idx == 0) ptx::mbarrier_arrive(bar);
+    sm80::arrive_when_copied(smem.full[stage], copies_are_async);
   };
 
   float acc_dk[kKVM][kKVN][4];
@@ -203,6 +197,9 @@ __global__ void __launch_bounds__(Config::kNumThreads, Config::kMinBlocks)
                                  n0, seqlen_k, thread_idx);
     ptx::cp_async_commit_group();
     __syncthreads();  // the barriers are initialised; where K and V are not aligned, they are there
+  }
+  ptx::griddepcontrol_wait();
+  if (num_iterations > 0) {
     load_queries(at, 0);
     if constexpr (kWithDq && Config::kCentresKeys) {
       ptx::cp_async_wait_group<0>();
@@ -218,7 +215,8 @@ __global__ void __launch_bounds__(Config::kNumThreads, Config::kMinBlocks)
     const int m0 = at.m_block * kBlockM;
     const int next_stage = (stage + 1) % kStages;
     at = at.next(blocks);
-    // Waits until the last iteration's P, dS, Q and dO are read, and loads the next Q and dO there.
+    // What the last iteration left in shared memory gives way to the next Q and dO, and to P and dS:
+    // after the first product, when the slowest warp has long read it.
     const auto wait_until_read = [&] {
       ptx::mbarrier_wait(smem.read, (it + 1) & 1);
       if (kStages > 1 && it + 1 < num_iterations) load_queries(at, next_stage);
@@ -250,7 +248,7 @@ __global__ void __launch_bounds__(Config::kNumThreads, Config::kMinBlocks)
       compute_p(acc_p);
       wait_until_read();
       if (wants_dv) sm80::store_accumulator(smem.p, acc_p, score_row0, score_col0, lane_idx);
-      arrive(smem.p_ready);
+      sm80::warp_arrive(smem.p_ready, lane_idx);
       if (wants_ds) {
         float acc_dp[kScoreM][kScoreN][4];
         compute_dp(acc_dp);
@@ -262,13 +260,12 @@ __global__ void __launch_bounds__(Config::kNumThreads, Config::kMinBlocks)
       float acc_dp[kScoreM][kScoreN][4];
       if (computes_p) {
         compute_p(acc_p);
-        wait_until_read();
-        sm80::store_accumulator(smem.p, acc_p, score_row0, score_col0, lane_idx);
       } else if (wants_ds) {
         compute_dp(acc_dp);
-        wait_until_read();
       }
-      arrive(smem.p_ready);
+      wait_until_read();
+      if (computes_p) sm80::store_accumulator(smem.p, acc_p, score_row0, score_col0, lane_idx);
+      sm80::warp_arrive(smem.p_ready, lane_idx);
       if (!computes_p && wants_ds) {
         ptx::mbarrier_wait(smem.p_ready, it & 1);
         sm80::load_accumulator(acc_p, smem.p, score_row0, score_col0, lane_idx);
@@ -276,7 +273,7 @@ __global__ void __launch_bounds__(Config::kNumThreads, Config::kMinBlocks)
         sm80::store_accumulator(smem.ds, acc_dp, score_row0, score_col0, lane_idx);
       }
     }
-    arrive(smem.ds_ready);
+    sm80::warp_arrive(smem.ds_ready, lane_idx);
 
     // Step 5.
     using sm80::KOrder;
@@ -314,7 +311,7 @@ __global__ void __launch_bounds__(Config::kNumThreads, Config::kMinBlocks)
       const bool sums_rows = !Config::kCentresKeys && dq.col0 == 0;
       float row_sum[Dq::kM][2];
       if (sums_rows) row_sums<kBlockN / kK>(row_sum, ds_operand);
-      arrive(smem.read);
+      sm80::warp_arrive(smem.read, lane_idx);
       const int64_t tile_row = head_row * p.padded_seqlen_q + m0;
       float* accum = p.dq_accum + tile_row * kHeadDim;
 #pragma unroll
@@ -336,7 +333,7 @@ __global__ void __launch_bounds__(Config::kNumThreads, Config::kMinBlocks)
         }
       }
     } else {
-      arrive(smem.read);
+      sm80::warp_arrive(smem.read, lane_idx);
     }
     stage = next_stage;
   }

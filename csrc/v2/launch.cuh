@@ -16,6 +16,14 @@ int num_m_blocks(const AttentionShape& shape) {
 // A sequence of at most this many tall tiles cannot fill a GPU on its own.
 inline constexpr int kSmallGridTiles = 16;
 
+// Whether a multiprocessor of this GPU holds two of its thread blocks.
+template <typename Config>
+bool fits_twice(const AttentionShape& shape) {
+  constexpr int kReserved = 1024;  // by the system, for each thread block
+  constexpr int kBytes = static_cast<int>(sizeof(typename Config::SharedStorage)) + kReserved;
+  return 2 * kBytes <= device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, shape);
+}
+
 // Calls `visit` with the configuration for sequences of this length and number of heads.
 template <typename Element, int kHeadDim, typename Visit>
 auto with_config(const ForwardParams& params, Visit visit) {
@@ -24,6 +32,10 @@ auto with_config(const ForwardParams& params, Visit visit) {
   if constexpr (Full::kNumWarps != Small::kNumWarps) {
     const AttentionShape& s = params.shape;
     if (s.heads_q * num_m_blocks<Full>(s) <= kSmallGridTiles) return visit(Small{});
+  }
+  if constexpr (sizeof(Element) == 2 && kHeadDim <= 128) {
+    using TwoStages = Config<Element, kHeadDim, Grid::kFull, Stages::kTwo>;
+    if (fits_twice<TwoStages>(params.shape)) return visit(TwoStages{});
   }
   return visit(Full{});
 }
@@ -36,6 +48,7 @@ void launch_forward_v2(const ForwardParams& params, CudaStream stream) {
     using Config = decltype(config);
     const AttentionShape& s = params.shape;
     const int num_m_blocks = v2::num_m_blocks<Config>(s);
+    const int64_t kv_bytes = 2 * sizeof(Element) * s.seqlen_k * s.head_dim;
     const v2::KernelParams p{params.q,
                              params.k,
                              params.v,
@@ -44,11 +57,10 @@ void launch_forward_v2(const ForwardParams& params, CudaStream stream) {
                              params.mask,
                              SoftmaxScale(params.softmax_scale),
                              static_cast<int>(s.head_dim),
-                             static_cast<int>(s.heads_q),
-                             static_cast<int>(s.group_size()),
+                             Divisor(s.heads_q),
+                             Divisor(s.group_size()),
                              tile_order(s, params.mask.is_causal, num_m_blocks,
-                                        s.batch * s.heads_q,
-                                        2 * sizeof(Element) * s.seqlen_k * s.head_dim)};
+                                        s.batch * s.heads_q, kv_bytes)};
     launch_kernel(v2::forward_kernel<Config>, s.batch * s.heads_q * num_m_blocks,
                   Config::kNumThreads, sizeof(typename Config::SharedStorage), stream,
                   "the v2 forward kernel", p, s);
