@@ -215,8 +215,8 @@ __global__ void __launch_bounds__(Config::kNumThreads, Config::kMinBlocks)
     const int m0 = at.m_block * kBlockM;
     const int next_stage = (stage + 1) % kStages;
     at = at.next(blocks);
-    // What the last iteration left in shared memory gives way to the next Q and dO, and to P and dS:
-    // after the first product, when the slowest warp has long read it.
+    // What the last iteration left in shared memory gives way to the next Q and dO, and to P and
+    // dS: after the first product, when the slowest warp has long read it.
     const auto wait_until_read = [&] {
       ptx::mbarrier_wait(smem.read, (it + 1) & 1);
       if (kStages > 1 && it + 1 < num_iterations) load_queries(at, next_stage);

@@ -63,23 +63,26 @@ void launch_kv(const BackwardParams& params, KernelParams p, Overlap overlap, cu
   p.order = tile_order(s, params.mask.is_causal, num_n_blocks, s.batch * s.heads_kv, head_bytes);
   launch_kernel(with_dq ? kv_kernel<Config, true> : kv_kernel<Config, false>,
                 s.batch * s.heads_kv * num_n_blocks, Config::kNumThreads,
-                sizeof(typename Config::SharedStorage), stream, "the backward's kv kernel", p, s, overlap);
+                sizeof(typename Config::SharedStorage), stream, "the backward's kv kernel", p, s,
+                overlap);
   if (!with_dq) return;
   const int64_t num_m_blocks = num_blocks(s.seqlen_q, Config::kBlockM);
   p.order = tile_order(s, false, num_m_blocks, s.batch * s.heads_q, 0);
   launch_kernel(dq_postprocess_kernel<Config>, s.batch * s.heads_q * num_m_blocks,
-                Config::kNumThreads, sizeof(typename Config::QTile), stream, "the backward's dq_postprocess kernel", p,
-                s, overlap);
+                Config::kNumThreads, sizeof(typename Config::QTile), stream,
+                "the backward's dq_postprocess kernel", p, s, overlap);
 }
 
 template <typename Config>
 void launch_dq(const BackwardParams& params, KernelParams p, Overlap overlap, cudaStream_t stream) {
   const AttentionShape& s = params.shape;
-  const int64_t head_bytes = s.seqlen_k * s.head_dim * 2 * sizeof(typename Config::Element);  // K, V
+  const int64_t head_bytes =
+      s.seqlen_k * s.head_dim * 2 * sizeof(typename Config::Element);  // K, V
   const int64_t num_m_blocks = num_blocks(s.seqlen_q, Config::kBlockM);
   p.order = tile_order(s, params.mask.is_causal, num_m_blocks, s.batch * s.heads_q, head_bytes);
   launch_kernel(dq_kernel<Config>, s.batch * s.heads_q * num_m_blocks, Config::kNumThreads,
-                sizeof(typename Config::SharedStorage), stream, "the backward's dq kernel", p, s, overlap);
+                sizeof(typename Config::SharedStorage), stream, "the backward's dq kernel", p, s,
+                overlap);
 }
 
 }  // namespace backward

@@ -88,8 +88,8 @@ __global__ void __launch_bounds__(kMeanThreads)
   constexpr int kRowGroups = kMeanThreads / kThreadsPerRow;
   __shared__ float2 partial[kRowGroups][kHeadDim];  // sums, and of squares
   const int kv_head = static_cast<int>(blockIdx.x);
-  const auto k = sm80::gmem_rows<const Element>(p.k, kv_head / p.heads_kv, kv_head % p.heads_kv,
-                                                p.head_dim);
+  const auto k =
+      sm80::gmem_rows<const Element>(p.k, kv_head / p.heads_kv, kv_head % p.heads_kv, p.head_dim);
   const int col = threadIdx.x % kThreadsPerRow * 8;
   const int row_group = threadIdx.x / kThreadsPerRow;
   const int step = ceil_div(p.mask.seqlen_k, kMeanRows);

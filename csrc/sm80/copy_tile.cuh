@@ -63,14 +63,14 @@ __device__ __forceinline__ int opaque(int x) {
 
 // Starts the copy of rows [row0, row0 + kRows) that lie below `row_end`. With aligned rows it is
 // asynchronous: cp_async_commit_group() and a wait must follow. Otherwise it is complete, for this
-// thread, on return.
-template <int kNumThreads, typename Tile>
+// thread, on return. `kAligned`: the caller knows that rows are, and spares the code for others.
+template <int kNumThreads, bool kAligned = false, typename Tile>
 __device__ __forceinline__ void load_tile(Tile& tile, const GmemRows<typename Tile::Element>& gmem,
                                           int row0, int row_end, int thread_idx) {
   using Element = typename Tile::Element;
   using Thread = TileThread<Tile, kNumThreads>;
   const Thread thread(opaque(thread_idx));
-  if (gmem.aligned16) {
+  if (kAligned || gmem.aligned16) {
     const uint32_t dst = ptx::smem_addr(tile.data);
     const Element* src = gmem.data + (row0 + thread.row) * gmem.row_stride + thread.col;
     int piece_bytes[Thread::kPieces];
@@ -114,22 +114,22 @@ __device__ __forceinline__ void arrive_when_copied(ptx::Mbarrier& bar, bool are_
   ptx::mbarrier_arrive(bar);
 }
 
-// Arrives at `bar`, whose count is the number of warps: this warp's reads or writes so far are done.
+// Arrives at `bar`, whose count is the number of warps: this warp's reads or writes so far are
+// done.
 __device__ __forceinline__ void warp_arrive(ptx::Mbarrier& bar, int lane_idx) {
   __syncwarp();
   if (lane_idx == 0) ptx::mbarrier_arrive(bar);
 }
 
-// Writes the rows below `row_end` and the columns below gmem.num_cols.
-template <int kNumThreads, typename Tile>
+// Writes the rows below `row_end` and the columns below gmem.num_cols. `kAligned`: whole chunks.
+template <int kNumThreads, bool kAligned = false, typename Tile>
 __device__ __forceinline__ void store_tile(const GmemRows<typename Tile::Element>& gmem, Tile& tile,
                                            int row0, int row_end, int thread_idx) {
   using Element = typename Tile::Element;
   using Thread = TileThread<Tile, kNumThreads>;
   const Thread thread(opaque(thread_idx));
   Element* dst = gmem.data + (row0 + thread.row) * gmem.row_stride + thread.col;
-  const bool whole_chunks = gmem.aligned16 && gmem.num_cols % Tile::kChunk == 0;
-  if (whole_chunks) {
+  if (kAligned || (gmem.aligned16 && gmem.num_cols % Tile::kChunk == 0)) {
 #pragma unroll
     for (int pass = 0; pass < Thread::kPasses; ++pass) {
       const bool inside = row0 + thread.row + pass * Thread::kRowsPerPass < row_end;

@@ -185,17 +185,22 @@ __global__ void __launch_bounds__(Config::kNumThreads, 1)
   const int seqlen_q = p.mask.seqlen_q;
   const int seqlen_k = p.mask.seqlen_k;
 
-  const auto k_gmem = sm80::gmem_rows<Element>(p.k, tile.batch_idx, kv_head_idx, p.head_dim);
-  const auto v_gmem = sm80::gmem_rows<Element>(p.v, tile.batch_idx, kv_head_idx, p.head_dim);
-  const bool copies_are_async = p.q.aligned16 && p.k.aligned16 && p.v.aligned16;
+  const bool copies_are_async =
+      Config::kAligned || (p.q.aligned16 && p.k.aligned16 && p.v.aligned16);
+  // Found anew for every copy: two pointers held across the loop would spill 28 bytes at d=128.
+  const auto rows_of = [&](const TensorView& view) {
+    return sm80::gmem_rows<Element>(view, tile.batch_idx, sm80::opaque(kv_head_idx), p.head_dim);
+  };
   const auto load_k = [&](int n_block) {
     const int stage = n_block % Config::kStages;
-    sm80::load_tile<kNumThreads>(smem.k[stage], k_gmem, n_block * kBlockN, seqlen_k, thread_idx);
+    sm80::load_tile<kNumThreads, Config::kAligned>(smem.k[stage], rows_of(p.k), n_block * kBlockN,
+                                                   seqlen_k, thread_idx);
     sm80::arrive_when_copied(smem.k_full[stage], copies_are_async);
   };
   const auto load_v = [&](int n_block) {
     const int stage = n_block % Config::kStages;
-    sm80::load_tile<kNumThreads>(smem.v[stage], v_gmem, n_block * kBlockN, seqlen_k, thread_idx);
+    sm80::load_tile<kNumThreads, Config::kAligned>(smem.v[stage], rows_of(p.v), n_block * kBlockN,
+                                                   seqlen_k, thread_idx);
     sm80::arrive_when_copied(smem.v_full[stage], copies_are_async);
   };
 
@@ -211,13 +216,13 @@ __global__ void __launch_bounds__(Config::kNumThreads, 1)
       ptx::mbarrier_init(smem.k_read, Config::kNumWarps);
       ptx::mbarrier_init(smem.v_read, Config::kNumWarps);
     }
-    sm80::load_tile<kNumThreads>(
+    sm80::load_tile<kNumThreads, Config::kAligned>(
         smem.q, sm80::gmem_rows<Element>(p.q, tile.batch_idx, tile.head_idx, p.head_dim), m0,
         seqlen_q, thread_idx);
     __syncthreads();  // the barriers are initialised
     load_k(0);
     load_v(0);
-    for (int n_block = 0; n_block < blocks.end; ++n_block) {
+    for (int n_block = 0; n_block < blocks.end; ++n_block) {  // blocks begin at 0
       const auto load_next_k = [&] {
         if (n_block + 1 < blocks.end) load_k(n_block + 1);
       };
@@ -238,7 +243,7 @@ __global__ void __launch_bounds__(Config::kNumThreads, 1)
                 p.scale.natural);
   }
   __syncthreads();
-  sm80::store_tile<kNumThreads>(
+  sm80::store_tile<kNumThreads, Config::kAligned>(
       sm80::gmem_rows<Element>(p.out, done.batch_idx, done.head_idx, p.head_dim), smem.q, done.m0,
       seqlen_q, thread_idx);
 }
