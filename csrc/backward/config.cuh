@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "backward/workspace.h"
+#include "ptx/mbarrier.cuh"
 #include "sm80/smem_tile.cuh"
 
 namespace flash_ext::backward {
@@ -102,6 +103,10 @@ struct KVConfig : Shape {
     ScoreTile p, ds;
     alignas(16) float lse_log2[Shape::kStages][Shape::kBlockM];
     alignas(16) float delta[Shape::kStages][Shape::kBlockM];
+    // Phase i of each is iteration i's; of `full`, one in kStages.
+    ptx::Mbarrier full[Shape::kStages];  // a query block has arrived
+    ptx::Mbarrier p_ready, ds_ready;     // P or dS is in shared memory
+    ptx::Mbarrier read;                  // nobody reads this iteration's tiles any more
   };
   struct TilesAndCentredKeys : Tiles {
     KVTile k_centred;

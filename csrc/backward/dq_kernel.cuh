@@ -7,6 +7,7 @@
 #include "backward/config.cuh"
 #include "backward/params.cuh"
 #include "common/block_range.h"
+#include "ptx/griddepcontrol.cuh"
 #include "sm80/copy_tile.cuh"
 
 namespace flash_ext::backward {
@@ -23,13 +24,14 @@ __global__ void __launch_bounds__(Config::kNumThreads, 1)
   extern __shared__ __align__(128) char smem_bytes[];
   auto& smem = *reinterpret_cast<typename Config::SharedStorage*>(smem_bytes);
 
+  ptx::griddepcontrol_wait();
   const int thread_idx = threadIdx.x;
   const int lane_idx = thread_idx % 32;
   const int warp_row0 = thread_idx / 32 * 16;
-  const int num_m_blocks = ceil_div(p.mask.seqlen_q, kBlockM);
-  const int m_block = num_m_blocks - 1 - static_cast<int>(blockIdx.x % num_m_blocks);
+  const TileOrder::Place place = p.order.place(static_cast<int>(blockIdx.x));
+  const int m_block = p.order.tiles_per_head() - 1 - place.rank;  // causal tiles grow with the row
   const int m0 = m_block * kBlockM;
-  const int batch_head = blockIdx.x / num_m_blocks;
+  const int batch_head = place.head;
   const int batch_idx = batch_head / p.heads_q;
   const int head_idx = batch_head % p.heads_q;
   const int kv_head_idx = head_idx / p.group_size;

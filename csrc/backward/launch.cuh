@@ -5,6 +5,8 @@
 //   the same, deterministic          row_stats, key_mean, kv, dq
 //   dK, dV                           row_stats, kv
 //   dQ                               row_stats, key_mean, dq
+//
+// On Hopper each begins while the one before it ends.
 #pragma once
 
 #include "backward/dq_kernel.cuh"
@@ -38,7 +40,8 @@ void with_kv_config(ShapeList<Shape, Smaller...>, const AttentionShape& shape, V
 }
 
 template <typename Element, int kHeadDim>
-void launch_preprocess(const BackwardParams& params, const KernelParams& p, cudaStream_t stream) {
+void launch_preprocess(const BackwardParams& params, const KernelParams& p, Overlap overlap,
+                       cudaStream_t stream) {
   const AttentionShape& s = params.shape;
   constexpr int kRowsPerBlock = kPreprocessThreads / (kHeadDim / 8);
   launch_kernel(row_stats_kernel<Element, kHeadDim>,
@@ -46,29 +49,40 @@ void launch_preprocess(const BackwardParams& params, const KernelParams& p, cuda
                 stream, "the backward's row_stats kernel", p, s);
   if (params.dq.data == nullptr) return;
   launch_kernel(key_mean_kernel<Element, kHeadDim>, s.batch * s.heads_kv, kMeanThreads, 0, stream,
-                "the backward's key_mean kernel", p, s);
+                "the backward's key_mean kernel", p, s, overlap);
 }
 
 template <typename Config>
-void launch_kv(const BackwardParams& params, const KernelParams& p, cudaStream_t stream) {
+void launch_kv(const BackwardParams& params, KernelParams p, Overlap overlap, cudaStream_t stream) {
   const AttentionShape& s = params.shape;
   const bool with_dq = BackwardWorkspace::accumulates_dq(params);
+  // Q and dO of one query head at a time, and dQ's accumulator.
+  const int64_t head_bytes =
+      s.seqlen_q * s.head_dim * (2 * sizeof(typename Config::Element) + with_dq * sizeof(float));
+  const int64_t num_n_blocks = num_blocks(s.seqlen_k, Config::kBlockN);
+  p.order = tile_order(s, params.mask.is_causal, num_n_blocks, s.batch * s.heads_kv, head_bytes);
   launch_kernel(with_dq ? kv_kernel<Config, true> : kv_kernel<Config, false>,
-                s.batch * s.heads_kv * num_blocks(s.seqlen_k, Config::kBlockN), Config::kNumThreads,
-                sizeof(typename Config::SharedStorage), stream, "the backward's kv kernel", p, s);
+                s.batch * s.heads_kv * num_n_blocks, Config::kNumThreads,
+                sizeof(typename Config::SharedStorage), stream, "the backward's kv kernel", p, s,
+                overlap);
   if (!with_dq) return;
-  launch_kernel(dq_postprocess_kernel<Config>,
-                s.batch * s.heads_q * num_blocks(s.seqlen_q, Config::kBlockM), Config::kNumThreads,
-                sizeof(typename Config::QTile), stream, "the backward's dq_postprocess kernel", p,
-                s);
+  const int64_t num_m_blocks = num_blocks(s.seqlen_q, Config::kBlockM);
+  p.order = tile_order(s, false, num_m_blocks, s.batch * s.heads_q, 0);
+  launch_kernel(dq_postprocess_kernel<Config>, s.batch * s.heads_q * num_m_blocks,
+                Config::kNumThreads, sizeof(typename Config::QTile), stream,
+                "the backward's dq_postprocess kernel", p, s, overlap);
 }
 
 template <typename Config>
-void launch_dq(const BackwardParams& params, const KernelParams& p, cudaStream_t stream) {
+void launch_dq(const BackwardParams& params, KernelParams p, Overlap overlap, cudaStream_t stream) {
   const AttentionShape& s = params.shape;
-  launch_kernel(dq_kernel<Config>, s.batch * s.heads_q * num_blocks(s.seqlen_q, Config::kBlockM),
-                Config::kNumThreads, sizeof(typename Config::SharedStorage), stream,
-                "the backward's dq kernel", p, s);
+  const int64_t head_bytes =
+      s.seqlen_k * s.head_dim * 2 * sizeof(typename Config::Element);  // K, V
+  const int64_t num_m_blocks = num_blocks(s.seqlen_q, Config::kBlockM);
+  p.order = tile_order(s, params.mask.is_causal, num_m_blocks, s.batch * s.heads_q, head_bytes);
+  launch_kernel(dq_kernel<Config>, s.batch * s.heads_q * num_m_blocks, Config::kNumThreads,
+                sizeof(typename Config::SharedStorage), stream, "the backward's dq kernel", p, s,
+                overlap);
 }
 
 }  // namespace backward
@@ -77,14 +91,16 @@ template <typename Element, int kHeadDim>
 void launch_backward(const BackwardParams& params, CudaStream stream) {
   using Shapes = typename backward::KVShapes<sizeof(Element), kHeadDim>::type;
   const backward::KernelParams p(params);
-  backward::launch_preprocess<Element, kHeadDim>(params, p, stream);
+  const Overlap overlap = overlap_of(backward::row_stats_kernel<Element, kHeadDim>,
+                                     "the backward's row_stats kernel", params.shape);
+  backward::launch_preprocess<Element, kHeadDim>(params, p, overlap, stream);
   if (params.dk.data != nullptr || params.dv.data != nullptr) {
     backward::with_kv_config<Element, kHeadDim>(Shapes{}, params.shape, [&](auto config) {
-      backward::launch_kv<decltype(config)>(params, p, stream);
+      backward::launch_kv<decltype(config)>(params, p, overlap, stream);
     });
   }
   if (params.dq.data != nullptr && !BackwardWorkspace::accumulates_dq(params)) {
-    backward::launch_dq<backward::QConfig<Element, kHeadDim>>(params, p, stream);
+    backward::launch_dq<backward::QConfig<Element, kHeadDim>>(params, p, overlap, stream);
   }
 }
 

@@ -3,6 +3,7 @@
 
 #include "backward/workspace.h"
 #include "common/online_softmax.cuh"
+#include "common/tile_order.cuh"
 #include "params.h"
 #include "sm80/warp_gemm.cuh"
 
@@ -16,10 +17,11 @@ struct KernelParams {
   SoftmaxScale scale;
   float softmax_scale;
   int head_dim;
-  int heads_q;
-  int heads_kv;
-  int group_size;
+  Divisor heads_q;
+  Divisor heads_kv;
+  Divisor group_size;
   int padded_seqlen_q;
+  TileOrder order{};  // of the kernel's own tiles
   // Sections of the workspace, see BackwardWorkspace.
   float* lse_log2;
   float* delta;
@@ -42,9 +44,9 @@ struct KernelParams {
         scale(params.softmax_scale),
         softmax_scale(static_cast<float>(params.softmax_scale)),
         head_dim(static_cast<int>(params.shape.head_dim)),
-        heads_q(static_cast<int>(params.shape.heads_q)),
-        heads_kv(static_cast<int>(params.shape.heads_kv)),
-        group_size(static_cast<int>(params.shape.group_size())) {
+        heads_q(params.shape.heads_q),
+        heads_kv(params.shape.heads_kv),
+        group_size(params.shape.group_size()) {
     const BackwardWorkspace sections(params);
     padded_seqlen_q = static_cast<int>(sections.padded_seqlen_q);
     lse_log2 = params.workspace + sections.lse_log2;

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "backward/kv_kernel.cuh"
+#include "ptx/griddepcontrol.cuh"
 
 namespace flash_ext::backward {
 
@@ -16,11 +17,12 @@ __global__ void __launch_bounds__(Config::kNumThreads, 1)
   extern __shared__ __align__(128) char smem_bytes[];
   auto& tile = *reinterpret_cast<typename Config::QTile*>(smem_bytes);
 
+  ptx::griddepcontrol_wait();
   const int lane_idx = threadIdx.x % 32;
   const Dq dq(threadIdx.x / 32, lane_idx);
-  const int num_m_blocks = ceil_div(p.mask.seqlen_q, kBlockM);
-  const int m0 = static_cast<int>(blockIdx.x % num_m_blocks) * kBlockM;
-  const int batch_head = blockIdx.x / num_m_blocks;
+  const TileOrder::Place place = p.order.place(static_cast<int>(blockIdx.x));
+  const int m0 = place.rank * kBlockM;
+  const int batch_head = place.head;
   const int batch_idx = batch_head / p.heads_q;
   const int head_idx = batch_head % p.heads_q;
   const int64_t tile_row = static_cast<int64_t>(batch_head) * p.padded_seqlen_q + m0;

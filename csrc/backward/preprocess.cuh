@@ -4,56 +4,62 @@
 
 #include "backward/params.cuh"
 #include "common/block_range.h"
+#include "ptx/griddepcontrol.cuh"
 #include "sm80/copy_tile.cuh"
 
 namespace flash_ext::backward {
 
 inline constexpr int kPreprocessThreads = 128;
 
-// A row is read by kHeadDim / 8 neighbouring threads, eight elements each.
+// A row is read by kHeadDim / 8 neighbouring threads, eight elements each: those from column `col`,
+// zeros where the row has ended.
+template <typename Element>
+__device__ __forceinline__ void load_eight(float (&x)[8], const sm80::GmemRows<const Element>& gmem,
+                                           int64_t row, int col) {
+  const Element* from = gmem.data + row * gmem.row_stride + col;
+  if (gmem.aligned16 && col + 8 <= gmem.num_cols) {
+    constexpr int kVectors = sizeof(Element) / 2;
+    uint4 bits[kVectors];
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) bits[i] = reinterpret_cast<const uint4*>(from)[i];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) x[i] = to_float(reinterpret_cast<const Element*>(bits)[i]);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 8; ++i) x[i] = col + i < gmem.num_cols ? to_float(from[i]) : 0.f;
+}
+
 template <typename Element, int kHeadDim>
 __global__ void __launch_bounds__(kPreprocessThreads)
     row_stats_kernel(const __grid_constant__ KernelParams p) {
+  ptx::griddepcontrol_launch_dependents();
   constexpr int kThreadsPerRow = kHeadDim / 8;
   constexpr int kRowsPerBlock = kPreprocessThreads / kThreadsPerRow;
   const int col = threadIdx.x % kThreadsPerRow * 8;
   const int64_t padded_row =
       static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.x / kThreadsPerRow;
   const int row = static_cast<int>(padded_row % p.padded_seqlen_q);
-  const int64_t batch_head = padded_row / p.padded_seqlen_q;
+  const int batch_head = static_cast<int>(padded_row / p.padded_seqlen_q);
   const bool is_row = row < p.mask.seqlen_q;  // padding otherwise; uniform over the row's threads
 
   float sum = 0.f;
   if (is_row) {
-    const int64_t batch_idx = batch_head / p.heads_q;
-    const int64_t head_idx = batch_head % p.heads_q;
-    const auto out = sm80::gmem_rows<const Element>(p.out, batch_idx, head_idx, p.head_dim);
-    const auto dout = sm80::gmem_rows<const Element>(p.dout, batch_idx, head_idx, p.head_dim);
-    const Element* o = out.data + row * out.row_stride + col;
-    const Element* d = dout.data + row * dout.row_stride + col;
-    if (out.aligned16 && dout.aligned16 && col + 8 <= p.head_dim) {
-      constexpr int kVectors = sizeof(Element) / 2;
-      uint4 o_bits[kVectors], d_bits[kVectors];
+    const int batch_idx = batch_head / p.heads_q;
+    const int head_idx = batch_head % p.heads_q;
+    float o[8], d[8];
+    load_eight(o, sm80::gmem_rows<const Element>(p.out, batch_idx, head_idx, p.head_dim), row, col);
+    load_eight(d, sm80::gmem_rows<const Element>(p.dout, batch_idx, head_idx, p.head_dim), row,
+               col);
 #pragma unroll
-      for (int i = 0; i < kVectors; ++i) {
-        o_bits[i] = reinterpret_cast<const uint4*>(o)[i];
-        d_bits[i] = reinterpret_cast<const uint4*>(d)[i];
-      }
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        sum += to_float(reinterpret_cast<const Element*>(o_bits)[i]) *
-               to_float(reinterpret_cast<const Element*>(d_bits)[i]);
-      }
-    } else {
-      for (int i = 0; i < 8 && col + i < p.head_dim; ++i) sum += to_float(o[i]) * to_float(d[i]);
-    }
+    for (int i = 0; i < 8; ++i) sum += o[i] * d[i];
   }
 #pragma unroll
   for (int offset = kThreadsPerRow / 2; offset > 0; offset /= 2) {
     sum += __shfl_xor_sync(0xffffffffu, sum, offset);
   }
   if (col == 0) {
-    const int64_t i = batch_head * p.mask.seqlen_q + row;
+    const int64_t i = static_cast<int64_t>(batch_head) * p.mask.seqlen_q + row;
     const float lse = is_row ? p.lse[i] : -INFINITY;
     const float dlse = is_row && p.dlse != nullptr && lse != -INFINITY ? p.dlse[i] : 0.f;
     p.delta[padded_row] = sum - dlse;
@@ -71,43 +77,51 @@ __global__ void __launch_bounds__(kPreprocessThreads)
 // element, so that K minus it is one rounding of the true difference; and 0 where it is small
 // beside the values, for subtracting it would only round K again.
 inline constexpr int kMeanRows = 512;
-inline constexpr int kMeanThreads = 1024;
+inline constexpr int kMeanThreads = 512;
 inline constexpr float kSmallMean = 0.25f;  // of the root mean square
 
 template <typename Element, int kHeadDim>
 __global__ void __launch_bounds__(kMeanThreads)
     key_mean_kernel(const __grid_constant__ KernelParams p) {
-  constexpr int kRowGroups = kMeanThreads / kHeadDim;
+  ptx::griddepcontrol_launch_dependents();
+  constexpr int kThreadsPerRow = kHeadDim / 8;
+  constexpr int kRowGroups = kMeanThreads / kThreadsPerRow;
   __shared__ float2 partial[kRowGroups][kHeadDim];  // sums, and of squares
-  const int64_t batch_idx = blockIdx.x / p.heads_kv;
-  const int64_t kv_head_idx = blockIdx.x % p.heads_kv;
-  const auto k = sm80::gmem_rows<const Element>(p.k, batch_idx, kv_head_idx, p.head_dim);
-  const int col = threadIdx.x % kHeadDim;
-  const int row_group = threadIdx.x / kHeadDim;
+  const int kv_head = static_cast<int>(blockIdx.x);
+  const auto k =
+      sm80::gmem_rows<const Element>(p.k, kv_head / p.heads_kv, kv_head % p.heads_kv, p.head_dim);
+  const int col = threadIdx.x % kThreadsPerRow * 8;
+  const int row_group = threadIdx.x / kThreadsPerRow;
   const int step = ceil_div(p.mask.seqlen_k, kMeanRows);
   const int num_rows = ceil_div(p.mask.seqlen_k, step);
-  float2 sum = make_float2(0.f, 0.f);
-  if (col < p.head_dim) {
-#pragma unroll 16
-    for (int i = row_group; i < num_rows; i += kRowGroups) {
-      const float x = to_float(k.data[static_cast<int64_t>(i) * step * k.row_stride + col]);
-      sum.x += x;
-      sum.y += x * x;
+  float2 sum[8] = {};
+#pragma unroll 8
+  for (int i = row_group; i < num_rows; i += kRowGroups) {
+    float x[8];
+    load_eight(x, k, static_cast<int64_t>(i) * step, col);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      sum[j].x += x[j];
+      sum[j].y += x[j] * x[j];
     }
   }
-  partial[row_group][col] = sum;
+#pragma unroll
+  for (int j = 0; j < 8; ++j) partial[row_group][col + j] = sum[j];
   __syncthreads();
-  if (row_group > 0) return;
+  if (threadIdx.x >= kHeadDim) return;
+  float2 total = partial[0][threadIdx.x];
 #pragma unroll
   for (int i = 1; i < kRowGroups; ++i) {
-    sum.x += partial[i][col].x;
-    sum.y += partial[i][col].y;
+    total.x += partial[i][threadIdx.x].x;
+    total.y += partial[i][threadIdx.x].y;
   }
-  const float mean = sum.x / static_cast<float>(num_rows);
-  const float mean_of_squares = sum.y / static_cast<float>(num_rows);
+  const float mean = total.x / static_cast<float>(num_rows);
+  const float mean_of_squares = total.y / static_cast<float>(num_rows);
   const bool is_small = mean * mean <= kSmallMean * kSmallMean * mean_of_squares;
-  p.key_mean[static_cast<int64_t>(blockIdx.x) * kHeadDim + col] =
+  p.key_mean[static_cast<int64_t>(kv_head) * kHeadDim + threadIdx.x] =
       is_small ? 0.f : to_float(from_float<Element>(mean));
+  // Not for its own sake: the next kernel waits for this one alone.
+  ptx::griddepcontrol_wait();
 }
 
 }  // namespace flash_ext::backward

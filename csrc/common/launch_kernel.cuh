@@ -20,6 +20,15 @@ inline unsigned grid_size(int64_t num_blocks, const AttentionShape& shape) {
 // for that one before it touches what the two share (ptx/griddepcontrol.cuh).
 enum class Overlap { kNone, kPrevious };
 
+// kPrevious where the code of `kernel` that this GPU runs has the wait in it. Asked once a launch
+// of several kernels from one source file, which are all compiled for the same GPUs.
+template <typename Params>
+Overlap overlap_of(void (*kernel)(Params), const char* name, const AttentionShape& shape) {
+  cudaFuncAttributes attributes{};
+  check_cuda(cudaFuncGetAttributes(&attributes, kernel), name, shape);
+  return attributes.ptxVersion >= 90 ? Overlap::kPrevious : Overlap::kNone;
+}
+
 // Launches `kernel` with more than the default 48 KB of shared memory where it needs it.
 template <typename Params>
 void launch_kernel(void (*kernel)(Params), int64_t num_blocks, int num_threads, int smem_bytes,

@@ -27,4 +27,10 @@ __device__ __forceinline__ void cp_async_wait_group() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(kPending) : "memory");
 }
 
+// Arrives at an mbarrier, whose count includes it, once this thread's copies so far are complete.
+// Orders those copies alone, no ordinary writes. PTX ISA 9.7.13.15.17.
+__device__ __forceinline__ void cp_async_mbarrier_arrive(uint32_t bar) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];\n" ::"r"(bar) : "memory");
+}
+
 }  // namespace flash_ext::ptx

@@ -1,4 +1,5 @@
-// Barriers in shared memory that threads and TMA copies arrive at (Hopper). PTX ISA 9.7.13.15.
+// Barriers in shared memory that threads and asynchronous copies arrive at: cp.async from Ampere
+// on, TMA on Hopper. PTX ISA 9.7.13.15.
 //
 // A barrier is in a phase, of parity 0 at first, that completes when the expected arrivals and the
 // expected bytes are in; then the next phase begins with the same count.
@@ -39,6 +40,7 @@ __device__ __forceinline__ void mbarrier_arrive_expect_tx(Mbarrier& bar, int byt
 // Waits until the phase of this parity has completed. A fresh barrier counts as having completed a
 // phase of parity 1.
 __device__ __forceinline__ void mbarrier_wait(Mbarrier& bar, uint32_t parity) {
+#if __CUDA_ARCH__ >= 900
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
@@ -48,6 +50,17 @@ __device__ __forceinline__ void mbarrier_wait(Mbarrier& bar, uint32_t parity) {
       "}\n" ::"r"(smem_addr(&bar)),
       "r"(parity)
       : "memory");
+#else  // Ampere's does not suspend the thread
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "WAIT:\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra WAIT;\n"
+      "}\n" ::"r"(smem_addr(&bar)),
+      "r"(parity)
+      : "memory");
+#endif
 }
 
 }  // namespace flash_ext::ptx

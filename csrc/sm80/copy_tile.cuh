@@ -4,6 +4,7 @@
 
 #include "common/numeric.cuh"
 #include "ptx/cp_async.cuh"
+#include "ptx/mbarrier.cuh"
 #include "sm80/smem_tile.cuh"
 
 namespace flash_ext::sm80 {
@@ -62,14 +63,14 @@ __device__ __forceinline__ int opaque(int x) {
 
 // Starts the copy of rows [row0, row0 + kRows) that lie below `row_end`. With aligned rows it is
 // asynchronous: cp_async_commit_group() and a wait must follow. Otherwise it is complete, for this
-// thread, on return.
-template <int kNumThreads, typename Tile>
+// thread, on return. `kAligned`: the caller knows that rows are, and spares the code for others.
+template <int kNumThreads, bool kAligned = false, typename Tile>
 __device__ __forceinline__ void load_tile(Tile& tile, const GmemRows<typename Tile::Element>& gmem,
                                           int row0, int row_end, int thread_idx) {
   using Element = typename Tile::Element;
   using Thread = TileThread<Tile, kNumThreads>;
   const Thread thread(opaque(thread_idx));
-  if (gmem.aligned16) {
+  if (kAligned || gmem.aligned16) {
     const uint32_t dst = ptx::smem_addr(tile.data);
     const Element* src = gmem.data + (row0 + thread.row) * gmem.row_stride + thread.col;
     int piece_bytes[Thread::kPieces];
@@ -101,29 +102,57 @@ __device__ __forceinline__ void load_tile(Tile& tile, const GmemRows<typename Ti
   }
 }
 
-// Writes the rows below `row_end` and the columns below gmem.num_cols.
-template <int kNumThreads, typename Tile>
+// Arrives at `bar`, whose count is the number of threads, when this thread's copies are complete.
+// `are_async`: all of them were of aligned rows.
+__device__ __forceinline__ void arrive_when_copied(ptx::Mbarrier& bar, bool are_async) {
+  if (are_async) {
+    ptx::cp_async_mbarrier_arrive(ptx::smem_addr(&bar));
+    return;
+  }
+  ptx::cp_async_commit_group();
+  ptx::cp_async_wait_group<0>();
+  ptx::mbarrier_arrive(bar);
+}
+
+// Arrives at `bar`, whose count is the number of warps: this warp's reads or writes so far are
+// done.
+__device__ __forceinline__ void warp_arrive(ptx::Mbarrier& bar, int lane_idx) {
+  __syncwarp();
+  if (lane_idx == 0) ptx::mbarrier_arrive(bar);
+}
+
+// Writes the rows below `row_end` and the columns below gmem.num_cols. `kAligned`: whole chunks.
+template <int kNumThreads, bool kAligned = false, typename Tile>
 __device__ __forceinline__ void store_tile(const GmemRows<typename Tile::Element>& gmem, Tile& tile,
                                            int row0, int row_end, int thread_idx) {
   using Element = typename Tile::Element;
   using Thread = TileThread<Tile, kNumThreads>;
-  const Thread thread(thread_idx);
+  const Thread thread(opaque(thread_idx));
+  Element* dst = gmem.data + (row0 + thread.row) * gmem.row_stride + thread.col;
+  if (kAligned || (gmem.aligned16 && gmem.num_cols % Tile::kChunk == 0)) {
 #pragma unroll
-  for (int i = 0; i < Thread::kPasses * Thread::kPieces; ++i) {
-    const int pass = i / Thread::kPieces;
-    const int piece = i % Thread::kPieces;
-    const int row = row0 + thread.row + pass * Thread::kRowsPerPass;
-    const int col = thread.col + piece * Thread::kPieceCols;
-    if (row >= row_end) continue;
-    const char* src = tile.bytes() + thread.offset(pass, piece);
-    Element* dst = gmem.data + row * gmem.row_stride + col;
-    if (gmem.aligned16 && col + Tile::kChunk <= gmem.num_cols) {
-      *reinterpret_cast<uint4*>(dst) = *reinterpret_cast<const uint4*>(src);
-      continue;
+    for (int pass = 0; pass < Thread::kPasses; ++pass) {
+      const bool inside = row0 + thread.row + pass * Thread::kRowsPerPass < row_end;
+#pragma unroll
+      for (int piece = 0; piece < Thread::kPieces; ++piece) {
+        if (inside && thread.col + piece * Thread::kPieceCols < gmem.num_cols) {
+          *reinterpret_cast<uint4*>(dst + piece * Thread::kPieceCols) =
+              *reinterpret_cast<const uint4*>(tile.bytes() + thread.offset(pass, piece));
+        }
+      }
+      dst += Thread::kRowsPerPass * gmem.row_stride;
     }
+    return;
+  }
+#pragma unroll 1
+  for (int i = 0; i < Thread::kPasses * Thread::kPieces; ++i) {
+    const int row = row0 + thread.row + i / Thread::kPieces * Thread::kRowsPerPass;
+    const int col = thread.col + i % Thread::kPieces * Thread::kPieceCols;
+    if (row >= row_end) return;
+    const char* src = tile.bytes() + thread.offset(i / Thread::kPieces, i % Thread::kPieces);
 #pragma unroll 1
     for (int e = 0; e < Tile::kChunk && col + e < gmem.num_cols; ++e) {
-      dst[e] = reinterpret_cast<const Element*>(src)[e];
+      gmem.data[row * gmem.row_stride + col + e] = reinterpret_cast<const Element*>(src)[e];
     }
   }
 }

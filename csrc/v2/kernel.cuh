@@ -7,13 +7,14 @@
 //   3.   S = Q K_j^T             meanwhile V_j arrives
 //   4.   mask S if the block lies on an edge
 //   5.   m, l, P = online softmax; O rescaled, never normalised
-//   6.   O += P V_j              meanwhile K_j+1 arrives
+//   6.   O += P V_j              meanwhile, or with room for two of each from step 3 on, K_j+1
 //   7. where the warps share the keys: join their O, m and l
 //   8. O / l, L = m + log l; O leaves through shared memory in 16-byte stores
 #pragma once
 
 #include "common/block_range.h"
 #include "common/online_softmax.cuh"
+#include "common/tile_order.cuh"
 #include "params.h"
 #include "sm80/copy_tile.cuh"
 #include "sm80/warp_gemm.cuh"
@@ -27,9 +28,9 @@ struct KernelParams {
   Mask mask;
   SoftmaxScale scale;
   int head_dim;
-  int heads_q;
-  int group_size;
-  int num_m_blocks;
+  Divisor heads_q;
+  Divisor group_size;
+  TileOrder order;
 };
 
 // A warp's place in the tile and its state on the walk over K/V.
@@ -37,6 +38,7 @@ template <typename Config>
 struct WarpTile {
   using Element = typename Config::Element;
   using KVTile = typename Config::KVTile;
+  using SharedStorage = typename Config::SharedStorage;
   static constexpr int kM = Config::kWarpRows / 16;
   static constexpr int kNS = Config::kWarpKeys / 8;
   static constexpr int kNO = Config::kHeadDim / 8;
@@ -55,29 +57,36 @@ struct WarpTile {
     sm80::clear(acc_o);
   }
 
-  // Steps 3 to 6 for the K/V block at key n0 and the query tile at row m0.
-  template <typename LoadV, typename LoadK>
-  __device__ __forceinline__ void step(typename Config::SharedStorage& smem, const KernelParams& p,
-                                       int m0, int n0, LoadV load_v, LoadK load_next_k) {
+  // Steps 3 to 6 for the K/V block `n_block` and the query tile at row m0. `load_next_k` is called
+  // where this block's K is read.
+  template <typename Load>
+  __device__ __forceinline__ void step(SharedStorage& smem, const KernelParams& p, int m0,
+                                       int n_block, Load load_next_k) {
+    const int n0 = n_block * Config::kBlockN;
     const int key0 = key_group * Config::kWarpKeys;
-    ptx::cp_async_wait_group<0>();
-    __syncthreads();  // K has arrived; nobody reads the previous V any more
-    load_v();
+    const int stage = n_block % Config::kStages;
+    const int parity = n_block / Config::kStages & 1;
     float acc_s[kM][kNS][4];
     sm80::clear(acc_s);
+    ptx::mbarrier_wait(smem.k_full[stage], parity);
     sm80::warp_gemm<kStepsD>(acc_s, sm80::KMajorA(smem.q, row0, lane_idx),
-                             sm80::KMajorB(smem.k, key0, lane_idx));
-    ptx::cp_async_wait_group<0>();
-    __syncthreads();  // V has arrived; nobody reads K any more
-    load_next_k();
+                             sm80::KMajorB(smem.k[stage], key0, lane_idx));
+    // Here, not between the exponentials and their product: ptxas then spills 80 bytes at d=64.
+    ptx::mbarrier_wait(smem.v_full[stage], parity);
+    sm80::warp_arrive(smem.k_read, lane_idx);
     p.scale.apply_sign(acc_s);
     if (!block_is_full(p.mask, m0, n0, Config::kBlockN)) {
       apply_mask(acc_s, p.mask, m0 + row0 + lane_idx / 4, n0 + key0 + lane_idx % 4 * 2);
     }
     softmax.update(acc_s, acc_o, p.scale.log2);
+    if constexpr (Config::kStages == 1) {
+      ptx::mbarrier_wait(smem.k_read, parity);
+      load_next_k();
+    }
     sm80::warp_gemm<Config::kWarpKeys / sm80::kMmaK>(
         acc_o, sm80::accumulator_a<Element>(acc_s),
-        sm80::MNMajorB<KVTile, sm80::KOrder::kPaired>(smem.v, 0, lane_idx, key0));
+        sm80::MNMajorB<KVTile, sm80::KOrder::kPaired>(smem.v[stage], 0, lane_idx, key0));
+    if constexpr (Config::kStages == 1) sm80::warp_arrive(smem.v_read, lane_idx);
   }
 
   // Step 7: group 0 takes over what the others have summed. They leave it in the order of their
@@ -87,7 +96,7 @@ struct WarpTile {
     constexpr int kGroupThreads = Config::kRowWarps * 32;
     constexpr int kVectors = kM * kNO + kM;  // O, then m and l
     auto* shared =
-        reinterpret_cast<float4*>(smem.k.bytes()) + row0 / Config::kWarpRows * 32 + lane_idx;
+        reinterpret_cast<float4*>(smem.k[0].bytes()) + row0 / Config::kWarpRows * 32 + lane_idx;
     __syncthreads();  // nobody reads K and V any more
     if (key_group > 0) {
       float4* to = shared + (key_group - 1) * kVectors * kGroupThreads;
@@ -143,6 +152,22 @@ struct WarpTile {
   }
 };
 
+// The queries of a thread block.
+struct QueryTile {
+  int batch_head;  // batch_idx * heads_q + head_idx
+  int batch_idx;
+  int head_idx;
+  int m0;  // the first row
+
+  __device__ __forceinline__ QueryTile(const KernelParams& p, int block_m, int block_idx) {
+    const TileOrder::Place place = p.order.place(block_idx);
+    batch_head = place.head;
+    batch_idx = batch_head / p.heads_q;
+    head_idx = batch_head % p.heads_q;
+    m0 = (p.order.tiles_per_head() - 1 - place.rank) * block_m;  // causal tiles grow with the row
+  }
+};
+
 template <typename Config>
 __global__ void __launch_bounds__(Config::kNumThreads, 1)
     forward_kernel(const __grid_constant__ KernelParams p) {
@@ -154,50 +179,73 @@ __global__ void __launch_bounds__(Config::kNumThreads, 1)
   auto& smem = *reinterpret_cast<typename Config::SharedStorage*>(smem_bytes);
 
   const int thread_idx = threadIdx.x;
-  // Causal tiles grow with the row: the longest start first, so that no long one starts last.
-  const int m_block = p.num_m_blocks - 1 - static_cast<int>(blockIdx.x % p.num_m_blocks);
-  const int batch_head = blockIdx.x / p.num_m_blocks;
-  const int batch_idx = batch_head / p.heads_q;
-  const int head_idx = batch_head % p.heads_q;
-  const int kv_head_idx = head_idx / p.group_size;
-  const int m0 = m_block * kBlockM;
+  const QueryTile tile(p, kBlockM, blockIdx.x);
+  const int m0 = tile.m0;
+  const int kv_head_idx = tile.head_idx / p.group_size;
   const int seqlen_q = p.mask.seqlen_q;
   const int seqlen_k = p.mask.seqlen_k;
 
-  const auto k_gmem = sm80::gmem_rows<Element>(p.k, batch_idx, kv_head_idx, p.head_dim);
-  const auto v_gmem = sm80::gmem_rows<Element>(p.v, batch_idx, kv_head_idx, p.head_dim);
-  auto load_k = [&](int n_block) {
-    sm80::load_tile<kNumThreads>(smem.k, k_gmem, n_block * kBlockN, seqlen_k, thread_idx);
-    ptx::cp_async_commit_group();
+  const bool copies_are_async =
+      Config::kAligned || (p.q.aligned16 && p.k.aligned16 && p.v.aligned16);
+  // Found anew for every copy: two pointers held across the loop would spill 28 bytes at d=128.
+  const auto rows_of = [&](const TensorView& view) {
+    return sm80::gmem_rows<Element>(view, tile.batch_idx, sm80::opaque(kv_head_idx), p.head_dim);
   };
-  auto load_v = [&](int n_block) {
-    sm80::load_tile<kNumThreads>(smem.v, v_gmem, n_block * kBlockN, seqlen_k, thread_idx);
-    ptx::cp_async_commit_group();
+  const auto load_k = [&](int n_block) {
+    const int stage = n_block % Config::kStages;
+    sm80::load_tile<kNumThreads, Config::kAligned>(smem.k[stage], rows_of(p.k), n_block * kBlockN,
+                                                   seqlen_k, thread_idx);
+    sm80::arrive_when_copied(smem.k_full[stage], copies_are_async);
+  };
+  const auto load_v = [&](int n_block) {
+    const int stage = n_block % Config::kStages;
+    sm80::load_tile<kNumThreads, Config::kAligned>(smem.v[stage], rows_of(p.v), n_block * kBlockN,
+                                                   seqlen_k, thread_idx);
+    sm80::arrive_when_copied(smem.v_full[stage], copies_are_async);
   };
 
   WarpTile<Config> warp(thread_idx);
   const BlockRange blocks = key_blocks(p.mask, m0, kBlockM, kBlockN);
   if (blocks.begin < blocks.end) {
-    sm80::load_tile<kNumThreads>(smem.q,
-                                 sm80::gmem_rows<Element>(p.q, batch_idx, head_idx, p.head_dim), m0,
-                                 seqlen_q, thread_idx);
-    load_k(blocks.begin);
-    for (int n_block = blocks.begin; n_block < blocks.end; ++n_block) {
-      warp.step(
-          smem, p, m0, n_block * kBlockN, [&] { load_v(n_block); },
-          [&] {
-            if (n_block + 1 < blocks.end) load_k(n_block + 1);
-          });
+    if (thread_idx == 0) {
+#pragma unroll
+      for (int stage = 0; stage < Config::kStages; ++stage) {
+        ptx::mbarrier_init(smem.k_full[stage], kNumThreads);
+        ptx::mbarrier_init(smem.v_full[stage], kNumThreads);
+      }
+      ptx::mbarrier_init(smem.k_read, Config::kNumWarps);
+      ptx::mbarrier_init(smem.v_read, Config::kNumWarps);
+    }
+    sm80::load_tile<kNumThreads, Config::kAligned>(
+        smem.q, sm80::gmem_rows<Element>(p.q, tile.batch_idx, tile.head_idx, p.head_dim), m0,
+        seqlen_q, thread_idx);
+    __syncthreads();  // the barriers are initialised
+    load_k(0);
+    load_v(0);
+    for (int n_block = 0; n_block < blocks.end; ++n_block) {  // blocks begin at 0
+      const auto load_next_k = [&] {
+        if (n_block + 1 < blocks.end) load_k(n_block + 1);
+      };
+      if (n_block > 0) {
+        auto& read = Config::kStages > 1 ? smem.k_read : smem.v_read;
+        ptx::mbarrier_wait(read, (n_block - 1) & 1);
+        load_v(n_block);
+      }
+      if (Config::kStages > 1) load_next_k();
+      warp.step(smem, p, m0, n_block, load_next_k);
     }
   }
   if constexpr (Config::kKeyGroups > 1) warp.join_key_groups(smem, p.scale.log2);
+  // The tile's place anew: what is not held across the loop leaves registers to the products.
+  const QueryTile done(p, kBlockM, sm80::opaque(blockIdx.x));
   if (warp.key_group == 0) {
-    warp.finish(smem, p.lse + static_cast<int64_t>(batch_head) * seqlen_q, m0, seqlen_q,
+    warp.finish(smem, p.lse + static_cast<int64_t>(done.batch_head) * seqlen_q, done.m0, seqlen_q,
                 p.scale.natural);
   }
   __syncthreads();
-  sm80::store_tile<kNumThreads>(sm80::gmem_rows<Element>(p.out, batch_idx, head_idx, p.head_dim),
-                                smem.q, m0, seqlen_q, thread_idx);
+  sm80::store_tile<kNumThreads, Config::kAligned>(
+      sm80::gmem_rows<Element>(p.out, done.batch_idx, done.head_idx, p.head_dim), smem.q, done.m0,
+      seqlen_q, thread_idx);
 }
 
 }  // namespace flash_ext::v2

@@ -16,6 +16,33 @@ int num_m_blocks(const AttentionShape& shape) {
 // A sequence of at most this many tall tiles cannot fill a GPU on its own.
 inline constexpr int kSmallGridTiles = 16;
 
+inline bool rows_are_aligned(const ForwardParams& params, int element_bytes) {
+  return params.q.aligned16 && params.k.aligned16 && params.v.aligned16 && params.out.aligned16 &&
+         params.shape.head_dim * element_bytes % 16 == 0;
+}
+
+// Whether this GPU has shared memory for it: of a multiprocessor twice where thread blocks are
+// many.
+template <typename Config>
+bool fits(const AttentionShape& shape, Grid grid) {
+  constexpr int kReserved = 1024;  // by the system, for each thread block
+  constexpr int kBytes = static_cast<int>(sizeof(typename Config::SharedStorage));
+  if (grid == Grid::kSmall) return kBytes <= shared_memory_limit(shape);
+  return 2 * (kBytes + kReserved) <=
+         device_attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, shape);
+}
+
+template <typename Element, int kHeadDim, Grid kGrid, typename Visit>
+auto with_rows(const ForwardParams& params, Visit visit) {
+  if constexpr (sizeof(Element) == 2) {
+    using Aligned = Config<Element, kHeadDim, kGrid, Rows::kAligned>;
+    if (rows_are_aligned(params, sizeof(Element)) && fits<Aligned>(params.shape, kGrid)) {
+      return visit(Aligned{});
+    }
+  }
+  return visit(Config<Element, kHeadDim, kGrid>{});
+}
+
 // Calls `visit` with the configuration for sequences of this length and number of heads.
 template <typename Element, int kHeadDim, typename Visit>
 auto with_config(const ForwardParams& params, Visit visit) {
@@ -23,9 +50,11 @@ auto with_config(const ForwardParams& params, Visit visit) {
   using Small = Config<Element, kHeadDim, Grid::kSmall>;
   if constexpr (Full::kNumWarps != Small::kNumWarps) {
     const AttentionShape& s = params.shape;
-    if (s.heads_q * num_m_blocks<Full>(s) <= kSmallGridTiles) return visit(Small{});
+    if (s.heads_q * num_m_blocks<Full>(s) <= kSmallGridTiles) {
+      return with_rows<Element, kHeadDim, Grid::kSmall>(params, visit);
+    }
   }
-  return visit(Full{});
+  return with_rows<Element, kHeadDim, Grid::kFull>(params, visit);
 }
 
 }  // namespace v2
@@ -36,17 +65,19 @@ void launch_forward_v2(const ForwardParams& params, CudaStream stream) {
     using Config = decltype(config);
     const AttentionShape& s = params.shape;
     const int num_m_blocks = v2::num_m_blocks<Config>(s);
-    const v2::KernelParams p{params.q,
-                             params.k,
-                             params.v,
-                             params.out,
-                             static_cast<float*>(params.lse),
-                             params.mask,
-                             SoftmaxScale(params.softmax_scale),
-                             static_cast<int>(s.head_dim),
-                             static_cast<int>(s.heads_q),
-                             static_cast<int>(s.group_size()),
-                             num_m_blocks};
+    const int64_t kv_bytes = 2 * sizeof(Element) * s.seqlen_k * s.head_dim;
+    const v2::KernelParams p{
+        params.q,
+        params.k,
+        params.v,
+        params.out,
+        static_cast<float*>(params.lse),
+        params.mask,
+        SoftmaxScale(params.softmax_scale),
+        static_cast<int>(s.head_dim),
+        Divisor(s.heads_q),
+        Divisor(s.group_size()),
+        tile_order(s, params.mask.is_causal, num_m_blocks, s.batch * s.heads_q, kv_bytes)};
     launch_kernel(v2::forward_kernel<Config>, s.batch * s.heads_q * num_m_blocks,
                   Config::kNumThreads, sizeof(typename Config::SharedStorage), stream,
                   "the v2 forward kernel", p, s);
