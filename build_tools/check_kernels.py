@@ -34,7 +34,6 @@ class Accepted(NamedTuple):
 # Costs were measured on an H200 (sm_90a), as time of the shipped kernel over the best one without spills.
 _KV_128 = "tiles of 64x64, for GPUs with less shared memory, spill; not measured where they run"
 _KV_64 = "three thread blocks a multiprocessor spill; two do not and take 1.03 times as long (4x32x4096 bf16)"
-_TURNS_128 = "deterministic gradients alone; a version without spills did not repeat its bits"
 _SM80 = "not measured on this architecture, whose ptxas allocates a little differently; none on sm_90a"
 
 # By (instance, architecture).
@@ -49,8 +48,6 @@ ACCEPTED_SPILLS: dict[tuple[str, str], Accepted] = {
     ("backward_bf16_hdim64", "sm_80"): Accepted(52, _KV_64),
     ("backward_fp16_hdim128", "sm_90a"): Accepted(20, _KV_128),
     ("backward_bf16_hdim128", "sm_90a"): Accepted(20, _KV_128),
-    ("backward_v3_fp16_hdim128", "sm_90a"): Accepted(22, _TURNS_128),
-    ("backward_v3_bf16_hdim128", "sm_90a"): Accepted(22, _TURNS_128),
 }
 
 # As torch compiles extensions, so that what compiles here compiles there.

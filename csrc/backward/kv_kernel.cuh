@@ -20,6 +20,7 @@
 #include "backward/config.cuh"
 #include "backward/params.cuh"
 #include "common/block_range.h"
+#include "common/centred_keys.cuh"
 #include "ptx/griddepcontrol.cuh"
 #include "ptx/reduction.cuh"
 #include "sm80/copy_tile.cuh"
@@ -60,7 +61,7 @@ __device__ __forceinline__ void row_sums(float (&row_sum)[kM][2], const A& ds_op
   }
 }
 
-// K minus its mean, for dQ.
+// K minus its mean, or half of that, for dQ.
 template <typename Config>
 __device__ __forceinline__ void centre_keys(typename Config::SharedStorage& smem,
                                             const float* key_mean, int thread_idx) {
@@ -81,7 +82,9 @@ __device__ __forceinline__ void centre_keys(typename Config::SharedStorage& smem
       uint4 bits = *reinterpret_cast<const uint4*>(smem.k.bytes() + offset);
       auto* x = reinterpret_cast<Element*>(&bits);
 #pragma unroll
-      for (int i = 0; i < KVTile::kChunk; ++i) x[i] = from_float<Element>(to_float(x[i]) - mean[i]);
+      for (int i = 0; i < KVTile::kChunk; ++i) {
+        x[i] = from_float<Element>(kCentredKeyScale<Element> * (to_float(x[i]) - mean[i]));
+      }
       *reinterpret_cast<uint4*>(smem.k_centred.bytes() + offset) = bits;
     }
   }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "backward/kv_kernel.cuh"
+#include "common/centred_keys.cuh"
 #include "ptx/griddepcontrol.cuh"
 
 namespace flash_ext::backward {
@@ -27,6 +28,7 @@ __global__ void __launch_bounds__(Config::kNumThreads, 1)
   const int head_idx = batch_head % p.heads_q;
   const int64_t tile_row = static_cast<int64_t>(batch_head) * p.padded_seqlen_q + m0;
 
+  constexpr float kFactor = Config::kCentresKeys ? 1.f / kCentredKeyScale<Element> : 1.f;
   float acc_dq[Dq::kM][Dq::kN][4];
   float row_sum_error[Dq::kM][2];
   const float* accum = p.dq_accum + tile_row * kHeadDim;
@@ -35,10 +37,10 @@ __global__ void __launch_bounds__(Config::kNumThreads, 1)
 #pragma unroll
     for (int n = 0; n < Dq::kN; ++n) {
       const float4 x = *reinterpret_cast<const float4*>(accum + dq.offset(m, n));
-      acc_dq[m][n][0] = x.x;
-      acc_dq[m][n][1] = x.y;
-      acc_dq[m][n][2] = x.z;
-      acc_dq[m][n][3] = x.w;
+      acc_dq[m][n][0] = kFactor * x.x;
+      acc_dq[m][n][1] = kFactor * x.y;
+      acc_dq[m][n][2] = kFactor * x.z;
+      acc_dq[m][n][3] = kFactor * x.w;
     }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
