@@ -28,10 +28,7 @@ void launch_backward(const BackwardParams& params, CudaStream stream);
 template <typename Element, int kHeadDim>
 void launch_forward_v3(const ForwardParams& params, CudaStream stream);
 
-template <typename Element, int kHeadDim>
-void launch_backward_v3(const BackwardParams& params, CudaStream stream);
-
-// sm_90a only, 16-bit elements, and tensors that v3::refusal() accepts; kHeadDim 64, 128 or 256.
+// Likewise; kHeadDim 64, 128 or 256.
 template <typename Element, int kHeadDim>
 void launch_backward_v3(const BackwardParams& params, CudaStream stream);
 

@@ -92,13 +92,15 @@ __device__ __forceinline__ void load_tile(Tile& tile, const GmemRows<typename Ti
     }
     return;
   }
+  if constexpr (!kAligned) {
 #pragma unroll 1
-  for (int i = thread_idx; i < Tile::kRows * Tile::kCols; i += kNumThreads) {
-    const int row = i / Tile::kCols;
-    const int col = i % Tile::kCols;
-    const bool inside = row0 + row < row_end && col < gmem.num_cols;
-    tile.at(row, col) =
-        inside ? gmem.data[(row0 + row) * gmem.row_stride + col] : from_float<Element>(0.f);
+    for (int i = thread_idx; i < Tile::kRows * Tile::kCols; i += kNumThreads) {
+      const int row = i / Tile::kCols;
+      const int col = i % Tile::kCols;
+      const bool inside = row0 + row < row_end && col < gmem.num_cols;
+      tile.at(row, col) =
+          inside ? gmem.data[(row0 + row) * gmem.row_stride + col] : from_float<Element>(0.f);
+    }
   }
 }
 
@@ -144,15 +146,17 @@ __device__ __forceinline__ void store_tile(const GmemRows<typename Tile::Element
     }
     return;
   }
+  if constexpr (!kAligned) {
 #pragma unroll 1
-  for (int i = 0; i < Thread::kPasses * Thread::kPieces; ++i) {
-    const int row = row0 + thread.row + i / Thread::kPieces * Thread::kRowsPerPass;
-    const int col = thread.col + i % Thread::kPieces * Thread::kPieceCols;
-    if (row >= row_end) return;
-    const char* src = tile.bytes() + thread.offset(i / Thread::kPieces, i % Thread::kPieces);
+    for (int i = 0; i < Thread::kPasses * Thread::kPieces; ++i) {
+      const int row = row0 + thread.row + i / Thread::kPieces * Thread::kRowsPerPass;
+      const int col = thread.col + i % Thread::kPieces * Thread::kPieceCols;
+      if (row >= row_end) return;
+      const char* src = tile.bytes() + thread.offset(i / Thread::kPieces, i % Thread::kPieces);
 #pragma unroll 1
-    for (int e = 0; e < Tile::kChunk && col + e < gmem.num_cols; ++e) {
-      gmem.data[row * gmem.row_stride + col + e] = reinterpret_cast<const Element*>(src)[e];
+      for (int e = 0; e < Tile::kChunk && col + e < gmem.num_cols; ++e) {
+        gmem.data[row * gmem.row_stride + col + e] = reinterpret_cast<const Element*>(src)[e];
+      }
     }
   }
 }
