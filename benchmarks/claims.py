@@ -24,6 +24,8 @@ def claims(folder):
         (_grid_claims, "attention"),
         (_v3_claims, "attention"),
         (_small_shape_claims, "small_shapes"),
+        (_few_tiles_claims, "small_shapes"),
+        (_v2_claims, "small_shapes"),
         (_hopper_claims, "small_shapes"),
         (_memory_claims, "memory"),
         (_host_claims, "host_time"),
@@ -48,25 +50,31 @@ def at_least(bound):
     return lambda value: value >= bound
 
 
+# What v2 is to reach over torch's FlashAttention-2: the geometric mean, and the worst shape.
+V2_TARGETS = {"forward": (1.05, 0.97), "backward": (1.03, 0.95)}
+
+
 def _grid_claims(results):
-    ratios = results.get("ratios", {})
-    for pass_name in ("forward", "backward"):
-        mean = ratios.get(pass_name, {}).get("flash_ext_v2/sdpa_flash", {}).get("ratio")
+    for pass_name, (mean, worst) in V2_TARGETS.items():
+        found = _complete(speed_over(results, pass_name, "flash_ext_v2", "sdpa_flash"), pass_name).values()
         row = f"v2 {pass_name} over SDPA flash (FA2), geometric mean over the papers' grid, bf16"
-        yield _claim(row, "0.60", mean, at_least(0.6), "bench_attention")
+        yield _claim(row, f"{mean:.2f}", geometric_mean(found), at_least(mean), "bench_attention")
+        row = f"v2 {pass_name} over SDPA flash (FA2), worst shape, bf16"
+        yield _claim(row, f"{worst:.2f}", min(found, default=None), at_least(worst), "bench_attention")
 
 
-def over_cudnn(results, pass_name):
-    """(head_dim, causal, seqlen) -> speed of v3 over that of SDPA cuDNN in the same run."""
+def speed_over(results, pass_name, impl, other):
+    """(head_dim, causal, seqlen) -> speed of one implementation over that of another in the same run."""
     times = {}
     for row in results.get("rows", []):
         if row["pass"] == pass_name and row["check"] == "passed":
             times.setdefault(_cell(row), {})[row["impl"]] = row["ms"]
-    return {
-        cell: at["sdpa_cudnn"] / at["flash_ext_v3"]
-        for cell, at in times.items()
-        if {"sdpa_cudnn", "flash_ext_v3"} <= at.keys()
-    }
+    return {cell: at[other] / at[impl] for cell, at in times.items() if {other, impl} <= at.keys()}
+
+
+def _complete(found, pass_name):
+    """All of the grid or nothing: a mean over some of the shapes would be another claim."""
+    return found if {_cell(row) for row in PEERS[pass_name]} <= found.keys() else {}
 
 
 def _cell(row):
@@ -88,9 +96,7 @@ V3_TARGETS = {
 def _v3_claims_of(pass_name, results):
     targets = V3_TARGETS[pass_name]
     peers = {_cell(row): row["best_over_cudnn"] for row in PEERS[pass_name]}
-    found = over_cudnn(results, pass_name)
-    if not peers.keys() <= found.keys():
-        found = {}  # a mean over some of the shapes would be another claim
+    found = _complete(speed_over(results, pass_name, "flash_ext_v3", "sdpa_cudnn"), pass_name)
 
     def claim(what, bound, value, digits="{:.2f}"):
         row, target = f"v3 {pass_name} {what}, bf16", digits.format(bound)
@@ -135,21 +141,68 @@ def _small_shape_claims(results):
     yield _claim(row, "1.0x", worst, at_least(1.0), "small_shapes", "{:.2f}x")
 
 
+# Shapes of one sequence, and of four, whose tiles are fewer than a GPU's multiprocessors.
+SHAPES_OF_FEW_TILES = {
+    "1x1x256 and 2x1x512, d=64": ((1, 1, 256, 64), (2, 1, 512, 64)),
+    "4x1x1024, d=64, and 1x1x4096, d=128": ((4, 1, 1024, 64), (1, 1, 4096, 128)),
+}
+
+
+def _few_tiles_claims(results):
+    times = {}
+    for row in results.get("rows", []):
+        if (row["pass"], row["dtype"], row["causal"]) == ("forward", "bf16", False):
+            shape = tuple(row[column] for column in ("batch", "heads", "seqlen", "head_dim"))
+            times.setdefault(shape, {})[row["impl"]] = row["ms"]
+    for name, shapes in SHAPES_OF_FEW_TILES.items():
+        ratios = [
+            min(ms for impl, ms in times[shape].items() if impl.startswith("sdpa")) / times[shape]["flash_ext_v2"]
+            for shape in shapes
+            if {"sdpa_flash", "sdpa_cudnn", "flash_ext_v2"} <= times.get(shape, {}).keys()
+        ]
+        worst = min(ratios) if len(ratios) == len(shapes) else None
+        row = f"v2 forward over the best backend of SDPA, bf16, {name} (worst)"
+        yield _claim(row, "1.00", worst, at_least(1.0), "small_shapes")
+
+
+def _fp16_over_bf16(results, group, impl, pass_name):
+    """Speed over the group's base in fp16 over the same in bf16, the worst head_dim; None if not recorded."""
+    # Cases are timed one after the other, and the card's clock drifts: only ratios within one compare.
+    over_base = {
+        (line["head_dim"], line["dtype"]): line["ratio"]
+        for line in results.get("ratios", [])
+        if (line["group"], line["impl"], line["pass"]) == (group, impl, pass_name) and "heads_kv" not in line
+    }
+    fp16 = [ratio / over_base[d, "bf16"] for (d, dtype), ratio in over_base.items() if dtype == "fp16"]
+    return min(fp16, default=None)
+
+
+def _v2_claims(results):
+    for pass_name in PASSES:
+        row = f"v2 {pass_name} over SDPA flash, in fp16 over the same in bf16, causal, 4k, d=64, 128 and 256 (worst)"
+        fp16 = _fp16_over_bf16(results, "flash", "flash_ext_v2", pass_name)
+        yield _claim(row, "0.97", fp16, at_least(0.97), "small_shapes")
+        for group, heads in ((4, "32/8"), (32, "32/1")):
+            row = f"v2 {pass_name}, TFLOP/s with {heads} heads over those with 32, bf16, d=128, causal, 4k"
+            rate = _rate_of_groups(results, "flash_ext_v2", pass_name, group)
+            yield _claim(row, "1.00", rate, at_least(1.0), "small_shapes")
+        found = [
+            line["ratio"]
+            for line in results.get("ratios", [])
+            if (line["group"], line["pass"]) == ("fp32_long", pass_name)
+        ]
+        row = f"v2 {pass_name} over SDPA efficient, fp32, 16k tokens, d=64 and 128 (worst)"
+        yield _claim(row, "1.00", min(found, default=None), at_least(1.0), "small_shapes")
+
+
 def _hopper_claims(results):
     lines = [line for line in results.get("ratios", []) if line["impl"].startswith("flash_ext_v3")]
-    # Cases are timed one after the other, and the card's clock drifts: only ratios within one compare.
     for pass_name in PASSES:
-        over_cudnn = {
-            (line["head_dim"], line["dtype"]): line["ratio"]
-            for line in lines
-            if (line["group"], line["pass"]) == ("hopper", pass_name) and "heads_kv" not in line
-        }
-        over_bf16 = [ratio / over_cudnn[d, "bf16"] for (d, dtype), ratio in over_cudnn.items() if dtype == "fp16"]
         row = f"v3 {pass_name} over SDPA cuDNN, in fp16 over the same in bf16, causal, 4k, d=64, 128 and 256 (worst)"
-        yield _claim(row, "0.97", min(over_bf16, default=None), at_least(0.97), "small_shapes")
-        layers = _model_layers(results, "flash_ext_v3", pass_name)
-        rate = layers[4]["tflops"] / layers[1]["tflops"] if layers.keys() == {1, 4} else None
+        fp16 = _fp16_over_bf16(results, "hopper", "flash_ext_v3", pass_name)
+        yield _claim(row, "0.97", fp16, at_least(0.97), "small_shapes")
         row = f"v3 {pass_name}, TFLOP/s with 32/8 heads over those with 32, bf16, d=128, causal, 4k"
+        rate = _rate_of_groups(results, "flash_ext_v3", pass_name, 4)
         yield _claim(row, "1.00", rate, at_least(1.0), "small_shapes")
     for group, heads in ((1, "32"), (4, "32/8")):
         row = f"v3 forward and backward over {BEST_PEER}, {heads} heads, bf16, d=128, causal, 4k"
@@ -168,6 +221,12 @@ def _model_layers(results, impl, pass_name):
         for row in results.get("rows", [])
         if all(row[key] == value for key, value in wanted.items())
     }
+
+
+def _rate_of_groups(results, impl, pass_name, group):
+    """TFLOP/s with `group` query heads to a key head over those with one; None if not recorded."""
+    layers = _model_layers(results, impl, pass_name)
+    return layers[group]["tflops"] / layers[1]["tflops"] if {1, group} <= layers.keys() else None
 
 
 def _step_over_peer(results, group):

@@ -40,7 +40,7 @@ def groups(device):
             ],
         ),
         "few_tiles": (
-            ("sdpa_flash", "sdpa_cudnn", "flash_ext_v2", "flash_ext_v3"),
+            ("sdpa_flash", "sdpa_cudnn", "sdpa_efficient", "flash_ext_v2", "flash_ext_v3"),
             BOTH,
             [AttentionCase(*shape, "bf16") for shape in FEW_TILES],
         ),
@@ -57,16 +57,38 @@ def groups(device):
             ("backward",),
             [AttentionCase(2, 16, 8192, 128, "bf16", causal) for causal in (False, True)],
         ),
+        "flash": (
+            ("sdpa_flash", "flash_ext_v2"),
+            BOTH,
+            [
+                *(AttentionCase(*shape, dtype, True) for shape in SAME_WORK for dtype in ("bf16", "fp16")),
+                *(AttentionCase(4, 32, 4096, 128, "bf16", True, heads_kv) for heads_kv in (8, 1)),
+            ],
+        ),
         "fp32": (
             ("naive", "flash_ext_v2"),
             BOTH,
             [AttentionCase(*shape, "fp32") for shape in FP32_SHAPES],
         ),
+        "fp32_long": (
+            ("sdpa_efficient", "flash_ext_v2"),
+            BOTH,
+            [AttentionCase(*shape, "fp32") for shape in SAME_WORK[:2]],
+        ),
     }
 
 
-# One sequence, so that most multiprocessors have nothing to do.
-FEW_TILES = ((1, 1, 256, 64), (2, 1, 512, 64), (1, 8, 512, 64), (1, 1, 4096, 64), (1, 8, 1024, 128), (1, 1, 4096, 128))
+# Few sequences, so that most multiprocessors have nothing to do.
+FEW_TILES = (
+    (1, 1, 256, 64),
+    (2, 1, 512, 64),
+    (1, 8, 512, 64),
+    (4, 1, 1024, 64),
+    (1, 1, 4096, 64),
+    (1, 8, 1024, 128),
+    (1, 1, 4096, 128),
+)
+# 16k tokens, hidden size 4096.
 SAME_WORK = ((4, 64, 4096, 64), (4, 32, 4096, 128), (4, 16, 4096, 256))
 FP32_SHAPES = (
     (2, 1, 512, 64),

@@ -191,6 +191,33 @@ def test_claims_on_v3(tmp_path, pass_name):
     assert {row["measured"] for row in claims_on_v3(tmp_path, pass_name)} == {None}
 
 
+def claims_on_v2(folder, command):
+    return [
+        row["measured"]
+        for row in claims.claims(folder)
+        if row["row"].startswith("v2") and "SDPA" in row["row"] and row["command"].endswith(command)
+    ]
+
+
+def test_claims_on_v2(tmp_path):
+    assert claims_on_v2(tmp_path, "bench_attention") == [None] * 4
+    recorded_grid(tmp_path, {"sdpa_flash": 1.0, "flash_ext_v2": 1.2})
+    assert claims_on_v2(tmp_path, "bench_attention") == ["1.20"] * 4
+
+
+def test_claims_on_few_tiles(tmp_path):
+    """Over the best backend of SDPA, at the worst of the shapes; all of them or none."""
+    assert claims_on_v2(tmp_path, "small_shapes") == [None] * 6
+    speeds = {"sdpa_flash": 1.0, "sdpa_cudnn": 2.0, "flash_ext_v2": 3.0}
+    rows = [
+        {"pass": "forward", **AttentionCase(*shape, "bf16").record(), "impl": name, "ms": 1 / speed}
+        for shape in ((1, 1, 256, 64), (2, 1, 512, 64), (4, 1, 1024, 64))
+        for name, speed in speeds.items()
+    ]
+    record.write_results("small_shapes", CPU, {"gpu": "NVIDIA H200", "rows": rows}, tmp_path)
+    assert claims_on_v2(tmp_path, "small_shapes") == ["1.50", *[None] * 5]
+
+
 def recorded_layers(folder, speeds, gpu="NVIDIA H200"):
     """A small_shapes.json of one layer of a model, without and with grouped queries; `speeds` as recorded_grid's."""
     rows = [
