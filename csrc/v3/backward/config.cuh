@@ -42,7 +42,7 @@ struct Config {
   using GradientTile = sm90::SmemTile<Element, 64, kHeadDim>;  // of a warpgroup
 
   // dV and dK leave through shared memory of their own where there is room (without it head_dim 64
-  // is 2 to 4% slower); else through what the next tile's first step does not need yet, dV where dS
+  // is 1 to 5% slower); else through what the next tile's first step does not need yet, dV where dS
   // was and dK where dQ was.
   static constexpr bool kHasGradientRoom = kHeadDim == 64;
 

@@ -22,12 +22,13 @@
 // dV goes to shared memory at the end of the tile and dK, for which there is no room beside it, in
 // the middle of the next tile's first step, when its registers are needed.
 //
-// What binds is shared memory, which a step at head_dim 128 keeps busy for about 2,900 clocks (its
-// tensor cores: 2,560): S and dP read 128 bytes a clock, dV and dK 64, dQ 96, beside dS, dQ, TMA's
-// writes and the row statistics. H200, measured and dropped there: both warpgroups computing half
-// of each dQ a step later, so that neither waits, 2 to 4% slower; dQ from registers by red.v4, half
-// the columns each, 1 to 4%; dQ's first summand stored instead of added to zeros, 6%; dQ's last one
-// followed by the conversion to elements, 250%; dV before dS: C7512.
+// What binds seems to be shared memory: by count of bytes a step at head_dim 128 keeps it busy for
+// 2,800 clocks (its tensor cores: 2,560), S and dP at 128 bytes a clock, dV and dK 64, dQ 96,
+// beside dS, dQ on its way out and TMA's writes; and the row statistics on top. H200, measured and
+// dropped there: both warpgroups computing half of each dQ a step later, so that neither waits, 2
+// to 4% slower; dQ from registers by red.v4, half the columns each, 1 to 4%; dQ's first summand
+// stored instead of added to zeros, 6%; dQ's last one followed by the conversion to elements, 250%;
+// dV before dS: C7512.
 //
 // Barriers                     who arrives                        who waits
 //   tile full                  the producer                       everyone else

@@ -25,7 +25,6 @@ struct alignas(16) RowStatistics {
   float lse_log2[kBlockM];
   int has_huge;    // there is such a row
   int batch_head;  // whose rows these are
-  int row_block;   // see row_block()
   int row0;        // the first of them
 };
 

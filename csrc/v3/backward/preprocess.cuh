@@ -92,7 +92,6 @@ __device__ __forceinline__ void row_statistics(const KernelParams& p, int64_t bl
   if (threadIdx.x == 0) {
     statistics.has_huge = has_huge;
     statistics.batch_head = static_cast<int>(batch_head);
-    statistics.row_block = static_cast<int>(block);
     statistics.row0 = m_block * kBlockM;
   }
 }
