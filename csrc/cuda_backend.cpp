@@ -44,6 +44,14 @@ bool v2_is_faster(const AttentionShape& s) {
          v3::num_splits(s, multiprocessor_count(s)) == 1;
 }
 
+// No CUDA kernel serves general calls yet.
+template <typename Params>
+void check_plain(const Params& params, const char* op) {
+  TORCH_CHECK(!params.is_general, "flash_ext.", op,
+              ": q must be on the CPU, whose kernels alone have masks, biases, windows, sinks, "
+              "dropout, packed sequences and block sparsity, got a CUDA tensor");
+}
+
 // What "auto" stands for; raises where v3 was asked for and cannot run.
 Algorithm resolve(Algorithm algorithm, c10::ScalarType dtype, const ForwardParams& params) {
   if (algorithm != Algorithm::kAuto && algorithm != Algorithm::kV3) return algorithm;
@@ -67,6 +75,7 @@ Algorithm resolve(Algorithm algorithm, c10::ScalarType dtype, const BackwardPara
 }  // namespace
 
 void forward(Algorithm algorithm, c10::ScalarType dtype, ForwardParams params, c10::Device device) {
+  check_plain(params, "general_forward");
   const c10::cuda::CUDAGuard device_guard(device);
   const auto stream = c10::cuda::getCurrentCUDAStream(device.index()).stream();
   algorithm = resolve(algorithm, dtype, params);
@@ -90,6 +99,7 @@ void forward(Algorithm algorithm, c10::ScalarType dtype, ForwardParams params, c
 
 void backward(Algorithm algorithm, c10::ScalarType dtype, BackwardParams params,
               c10::Device device) {
+  check_plain(params, "general_backward");
   const c10::cuda::CUDAGuard device_guard(device);
   const auto stream = c10::cuda::getCurrentCUDAStream(device.index()).stream();
   const bool is_v3 = resolve(algorithm, dtype, params) == Algorithm::kV3;

@@ -68,6 +68,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tenso
     return {out, lse};
   }
   params.mask = Mask::make(causal_mode, params.shape.seqlen_q, params.shape.seqlen_k);
+  params.general = GeneralParams(causal_mode, params.shape.seqlen_q, params.shape.seqlen_k);
   params.softmax_scale = softmax_scale(scale, params.shape);
   params.q = input_view(q);
   params.k = input_view(k);
@@ -163,6 +164,7 @@ Gradients backward(const Tensor& dout, const Tensor& q, const Tensor& k, const T
   const auto dlse_dense = dlse ? dlse->contiguous() : Tensor();
 
   params.mask = Mask::make(causal_mode, params.shape.seqlen_q, params.shape.seqlen_k);
+  params.general = GeneralParams(causal_mode, params.shape.seqlen_q, params.shape.seqlen_k);
   params.softmax_scale = softmax_scale(scale, params.shape);
   params.q = input_view(q);
   params.k = input_view(k);

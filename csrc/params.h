@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "common/general.h"
 #include "common/mask.h"
 
 namespace flash_ext {
@@ -36,12 +37,19 @@ struct AttentionShape {
   }
 };
 
+// Plain calls, of the operators forward and backward, have all of `mask`, and of `general` no more
+// than it can say of a plain call. General calls, of general_forward and general_backward, have
+// `general` and no `mask`; their shape.seqlen_q and seqlen_k are the largest of any batch entry,
+// and packed tensors have batch_stride 0.
 struct ForwardParams {
   AttentionShape shape;
   Mask mask;
+  bool is_general = false;
+  GeneralParams general;
   double softmax_scale = 1.0;
   TensorView q, k, v, out;
-  void* lse = nullptr;  // (batch, heads_q, seqlen_q) dense; fp32, fp64 for fp64 inputs
+  // (batch, heads_q, seqlen_q) dense, packed (heads_q, total_q); fp32, fp64 for fp64 inputs.
+  void* lse = nullptr;
   // v1: O, l and m of Algorithm 1 between two K/V blocks, see v1_workspace_floats(). v3: results of
   // shares of the keys, see v3::forward_workspace_floats().
   float* workspace = nullptr;
@@ -50,10 +58,13 @@ struct ForwardParams {
 struct BackwardParams {
   AttentionShape shape;
   Mask mask;
+  bool is_general = false;
+  GeneralParams general;
+  GeneralGradients general_gradients;
   double softmax_scale = 1.0;
   TensorView q, k, v, out, dout;
   TensorView dq, dk, dv;       // data == nullptr: gradient not asked for
-  const void* lse = nullptr;   // (batch, heads_q, seqlen_q) dense
+  const void* lse = nullptr;   // as in the forward
   const void* dlse = nullptr;  // like lse, or nullptr for zero
   bool deterministic = false;
   // Scratch of the CUDA kernels, see the two functions backward_workspace_floats().
