@@ -112,10 +112,10 @@ class Consumer {
     ptx::wgmma_fence();
     sm90::gemm_abt<KVTile, QTile, kRows>(
         acc_s, k_desc_, q_desc_.template tile<QTile>(at_.stage).from_row(kFirstRow));
-    if (kIsFirst) sm90::wait_full(smem_.v_barriers, kv_at_);
+    if (kIsFirst) load_v();
     ptx::wgmma_fence();
     sm90::gemm_abt<KVTile, QTile, kRows>(
-        acc_dp, v_desc_, dout_desc_.template tile<QTile>(at_.stage).from_row(kFirstRow));
+        acc_dp, frag_v_, v_desc_, dout_desc_.template tile<QTile>(at_.stage).from_row(kFirstRow));
 
     if (kIsFirst) centre_keys();
     const auto& statistics = smem_.statistics[at_.stage];
@@ -148,7 +148,7 @@ class Consumer {
   __device__ __forceinline__ void skip_first(bool is_last) {
     sm90::wait_full(smem_.query_barriers, at_);
     sm90::wait_full(smem_.k_barriers, kv_at_);
-    sm90::wait_full(smem_.v_barriers, kv_at_);
+    load_v();
     centre_keys();
     if (is_last && lane_idx_ == 0) {
       ptx::mbarrier_arrive(smem_.k_barriers.empty[0]);
@@ -178,6 +178,11 @@ class Consumer {
       compute_dq(is_first);
     }
     at_.advance();
+  }
+
+  __device__ __forceinline__ void load_v() {
+    sm90::wait_full(smem_.v_barriers, kv_at_);
+    sm90::load_operand(frag_v_, smem_.v, 64 * warpgroup_idx_ + 16 * warp_idx_, lane_idx_);
   }
 
   // From the block's rows `first_row`.. on.
@@ -340,6 +345,7 @@ class Consumer {
 
   float acc_dk_[kHeadDim / 8][4];
   float acc_dv_[kHeadDim / 8][4];
+  uint32_t frag_v_[Config::kVSteps][4];
 };
 
 }  // namespace flash_ext::v3::backward
