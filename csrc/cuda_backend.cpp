@@ -94,7 +94,9 @@ void backward(Algorithm algorithm, c10::ScalarType dtype, BackwardParams params,
   const auto stream = c10::cuda::getCurrentCUDAStream(device.index()).stream();
   const bool is_v3 = resolve(algorithm, dtype, params) == Algorithm::kV3;
   const auto workspace = allocate_workspace(
-      is_v3 ? v3::backward_workspace_floats(params) : backward_workspace_floats(params), device);
+      is_v3 ? v3::backward_workspace_floats(params)
+            : backward_workspace_floats(params, multiprocessor_count(params.shape)),
+      device);
   params.workspace = workspace.mutable_data_ptr<float>();
   if (is_v3) {
     dispatch_backward_v3(dtype, params.shape, [&](auto element, auto head_dim) {
