@@ -8,6 +8,7 @@
 #include "common/cuda_check.h"
 #include "dispatch.h"
 #include "v1/workspace.h"
+#include "v2/splits.h"
 #include "v3/backward/workspace.h"
 #include "v3/forward/splits.h"
 #include "v3/refusal.h"
@@ -21,12 +22,13 @@ at::Tensor allocate_workspace(int64_t floats, c10::Device device) {
   return at::empty({floats}, at::TensorOptions(at::kFloat).device(device));
 }
 
-int64_t forward_workspace_floats(Algorithm algorithm, const AttentionShape& shape) {
+int64_t forward_workspace_floats(Algorithm algorithm, c10::ScalarType dtype,
+                                 const AttentionShape& shape) {
   if (algorithm == Algorithm::kV1) return v1_workspace_floats(shape);
-  if (algorithm == Algorithm::kV3) {
-    return v3::forward_workspace_floats(shape, multiprocessor_count(shape));
-  }
-  return 0;
+  const int multiprocessors = multiprocessor_count(shape);
+  if (algorithm == Algorithm::kV3) return v3::forward_workspace_floats(shape, multiprocessors);
+  return v2::forward_workspace_floats(shape, static_cast<int64_t>(c10::elementSize(dtype)),
+                                      multiprocessors);
 }
 
 template <typename Params>
@@ -41,7 +43,7 @@ std::string v3_refusal_on_current_device(c10::ScalarType dtype, const Params& pa
 // over v3: 1x1x256 1.45, 2x1x512 1.53, 4x1x1024 1.48.
 bool v2_is_faster(const AttentionShape& s) {
   return s.head_dim <= 64 && s.heads_q == 1 && s.seqlen_q <= 1024 &&
-         v3::num_splits(s, multiprocessor_count(s)) == 1;
+         v3::forward_splits(s, multiprocessor_count(s)) == 1;
 }
 
 // No CUDA kernel serves general calls yet.
@@ -80,7 +82,7 @@ void forward(Algorithm algorithm, c10::ScalarType dtype, ForwardParams params, c
   const auto stream = c10::cuda::getCurrentCUDAStream(device.index()).stream();
   algorithm = resolve(algorithm, dtype, params);
   at::Tensor workspace;
-  if (const auto floats = forward_workspace_floats(algorithm, params.shape); floats > 0) {
+  if (const auto floats = forward_workspace_floats(algorithm, dtype, params.shape); floats > 0) {
     workspace = allocate_workspace(floats, device);
     params.workspace = workspace.mutable_data_ptr<float>();
   }
@@ -104,7 +106,9 @@ void backward(Algorithm algorithm, c10::ScalarType dtype, BackwardParams params,
   const auto stream = c10::cuda::getCurrentCUDAStream(device.index()).stream();
   const bool is_v3 = resolve(algorithm, dtype, params) == Algorithm::kV3;
   const auto workspace = allocate_workspace(
-      is_v3 ? v3::backward_workspace_floats(params) : backward_workspace_floats(params), device);
+      is_v3 ? v3::backward_workspace_floats(params)
+            : backward_workspace_floats(params, multiprocessor_count(params.shape)),
+      device);
   params.workspace = workspace.mutable_data_ptr<float>();
   if (is_v3) {
     dispatch_backward_v3(dtype, params.shape, [&](auto element, auto head_dim) {
@@ -126,8 +130,8 @@ ForwardPlan plan_forward(Algorithm algorithm, c10::ScalarType dtype, const Forwa
   // out is allocated, and dout copied, as the backward wants them: q, k and v decide here, too.
   const bool may_be_v3 = algorithm == Algorithm::kAuto || algorithm == Algorithm::kV3;
   if (may_be_v3 && plan.v3_refusal.empty()) plan.backward = Algorithm::kV3;
-  plan.workspace_bytes =
-      forward_workspace_floats(plan.algorithm, params.shape) * static_cast<int64_t>(sizeof(float));
+  plan.workspace_bytes = forward_workspace_floats(plan.algorithm, dtype, params.shape) *
+                         static_cast<int64_t>(sizeof(float));
   if (plan.algorithm == Algorithm::kV3) {
     dispatch_forward_v3(dtype, params.shape, [&](auto element, auto head_dim) {
       plan.kernel = plan_forward_v3<typename decltype(element)::type, head_dim()>(params);

@@ -70,3 +70,13 @@ def assert_same_bits(actual, expected, what):
                 f"{what}: {int(different.sum())} of {a.numel()} elements of {name} differ in their bits, "
                 f"first at {where}: {a[where].item()!r} is not {b[where].item()!r}"
             )
+
+
+def extra_memory(call):
+    """Peak bytes that `call` asks for beyond what is held before it, results included."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_stats()["requested_bytes.all.current"]
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.memory_stats()["requested_bytes.all.peak"] - before

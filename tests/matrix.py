@@ -8,6 +8,9 @@ DTYPES = (*HALF_DTYPES, torch.float32)
 HEAD_DIMS = (1, 2, 3, 5, 8, 16, 31, 40, 59, 64, 80, 96, 111, 128, 160, 192, 255, 256)
 HEAD_GROUPS = ((1, 1), (2, 1), (4, 2), (6, 2), (8, 1), (7, 7), (12, 3))
 
+# Which gradients are asked for: every subset but none.
+NEEDS = [(a, b, c) for a in (True, False) for b in (True, False) for c in (True, False) if a or b or c]
+
 # On the CPU the tiles are made small, so that short sequences cross many tile edges. On the GPU the tile
 # belongs to the kernel, and the sequences are longer instead: see `length`.
 CPU_TILE = (16, 16)
@@ -36,3 +39,7 @@ def heads_name(heads):
 
 def dtype_name(dtype):
     return str(dtype).removeprefix("torch.")
+
+
+def needs_name(needs):
+    return "-".join(name for name, need in zip(("dq", "dk", "dv"), needs, strict=True) if need)

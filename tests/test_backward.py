@@ -12,10 +12,12 @@ from matrix import (
     HALF_DTYPES,
     HEAD_DIMS,
     HEAD_GROUPS,
+    NEEDS,
     dtype_name,
     edge_name,
     heads_name,
     length,
+    needs_name,
     tile_edge,
 )
 from numerics import (
@@ -28,12 +30,6 @@ from numerics import (
 )
 
 import flash_ext
-
-NEEDS = [(a, b, c) for a in (True, False) for b in (True, False) for c in (True, False) if a or b or c]
-
-
-def needs_name(needs):
-    return "-".join(name for name, need in zip(("dq", "dk", "dv"), needs, strict=True) if need)
 
 
 def check(q, k, v, dout, *, dlse=None, algorithm="auto", deterministic=False, tile=None, **options):

@@ -4,7 +4,15 @@ import math
 
 import pytest
 import torch
-from calls import ALGORITHMS, BACKWARD_ALGORITHMS, assert_same_bits, backward, forward, forward_backward
+from calls import (
+    ALGORITHMS,
+    BACKWARD_ALGORITHMS,
+    assert_same_bits,
+    backward,
+    extra_memory,
+    forward,
+    forward_backward,
+)
 from inputs import Shape, make_qkv, make_qkv_dout
 from matrix import DTYPES, dtype_name
 from numerics import check_forward, check_gradients, reference_gradients, relative_error
@@ -151,16 +159,6 @@ def test_F42_tensors_on_two_gpus(name):
 
 
 # ---- memory --------------------------------------------------------------------------------------
-
-
-def extra_memory(call):
-    """Peak bytes that `call` asks for beyond what is held before it, results included."""
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_stats()["requested_bytes.all.current"]
-    torch.cuda.reset_peak_memory_stats()
-    call()
-    torch.cuda.synchronize()
-    return torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
 
 
 @pytest.mark.parametrize("seqlen", [512, 1024, 16384])

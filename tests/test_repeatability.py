@@ -97,7 +97,8 @@ def test_F59_batch_mates_do_not_matter(device, algorithm, dtype, causal):
 def test_F59_other_heads_do_not_matter(device, algorithm, dtype):
     """A key head with its group of query heads, alone and among others.
 
-    On a GPU v2's tiles depend on the number of heads, up to 16 tiles a sequence: stay beyond them.
+    On a GPU v2's tiles depend on the number of heads, up to 16 tiles a sequence: stay beyond them. So few keys
+    make its backward cut a group into all its heads, whatever their number.
     """
     rows = (12, 3) if device == "cuda" else (2, 3)
     shape = Shape(2, 9, 3, length(rows, device), length((3, 5), device), 64)

@@ -1,7 +1,5 @@
 """What is particular to v3: what it refuses, what "auto" then takes, and its own tiles and schedule."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from calls import assert_same_bits, forward, missing_for
@@ -191,41 +189,6 @@ def test_which_calls_are_short(device, algorithm, batch):
     ):
         q, k, v = make_qkv(Shape(batch, heads, heads, seqlen_q, seqlen_k, 64), BF16, device)
         assert flash_ext.explain(q, k, v, algorithm=algorithm).block_m == block_m
-
-
-# ---- split keys ----------------------------------------------------------------------------------
-
-# Few tiles, many keys; the last share is shorter, or under a causal mask empty for some tiles.
-SPLIT_SHAPES = [
-    Shape(1, 1, 1, 1030, 4096),
-    Shape(2, 4, 1, 1, 9001),
-    Shape(2, 1, 1, 3000, 2500),
-    Shape(1, 3, 3, 70, 2049),
-]
-
-
-@v3
-@pytest.mark.parametrize("causal", CAUSAL_MODES)
-@pytest.mark.parametrize("shape", SPLIT_SHAPES, ids=str)
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_split_keys(device, algorithm, head_dim, shape, causal):
-    q, k, v = make_qkv(replace(shape, head_dim=head_dim), BF16, device)
-    assert flash_ext.explain(q, k, v, algorithm=algorithm).workspace_bytes > 0
-    out, lse = forward(q, k, v, causal=causal, algorithm=algorithm)
-    check_forward(out, lse, q, k, v, causal=causal)
-    alone = forward(q[:1], k[:1], v[:1], causal=causal, algorithm=algorithm)
-    assert_same_bits((out[:1], lse[:1]), alone, "the first sequence alone")
-
-
-@v3
-@pytest.mark.parametrize("scale", [None, -0.125, 0.0])
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("dtype", HALF_DTYPES, ids=dtype_name)
-def test_split_keys_data(device, algorithm, dtype, family, scale):
-    """Maxima that differ between the shares, by little and by more than fp32 can tell in L."""
-    q, k, v = make_qkv(Shape(1, 2, 1, 100, 4100, 64), dtype, device, family)
-    options = {"causal": "bottom_right", "scale": scale}
-    check_forward(*forward(q, k, v, algorithm=algorithm, **options), q, k, v, **options)
 
 
 # ---- its schedule --------------------------------------------------------------------------------

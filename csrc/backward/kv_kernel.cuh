@@ -2,15 +2,15 @@
 // Algorithm 2) on mma.sync.
 //
 // One thread block owns kBlockN keys of one key head and walks over every query block that sees
-// them, of every query head in the group, so that dK and dV stay in registers to the end and are
-// the same to the bit in every run.
+// them, of every query head in the group or in its part of it (backward/parts.h), so that dK and dV
+// stay in registers to the end and are the same to the bit in every run.
 //   1. load K, V; start Q, dO of the first query block; K' = K - mean(K)
-//   2. for every query block i (of every query head of the group):
+//   2. for every query block i (of every query head of the part):
 //   3.   S = Q K^T, P = exp2(S - L)         dP = dO V^T, dS = P * (dP - delta)
 //   4.   P and dS through shared memory: the products below need them transposed
 //   5.   dV += P^T dO,  dK += dS^T Q
 //   6.   dQ_i += dS K', added to an fp32 buffer in memory, for other thread blocks add to its rows
-//   7. dK * scale, dV leave through shared memory
+//   7. dK * scale, dV leave through shared memory; of one part among several, as they are, in fp32
 //
 // Every warp needs what others write, in every iteration. They meet at mbarriers, at which a warp
 // arrives as soon as it can and waits as late as it can, with a product of its own in between:
@@ -19,6 +19,7 @@
 
 #include "backward/config.cuh"
 #include "backward/params.cuh"
+#include "backward/parts.cuh"
 #include "common/block_range.h"
 #include "common/centred_keys.cuh"
 #include "ptx/griddepcontrol.cuh"
@@ -100,7 +101,7 @@ __device__ __forceinline__ typename Config::KVTile& keys_for_dq(
   }
 }
 
-// A step of the walk over the query blocks that see a tile, of one head of the group after another.
+// A step of the walk over the query blocks that see a tile, of one head of the part after another.
 struct QueryBlock {
   int head_idx;
   int m_block;
@@ -134,10 +135,12 @@ __global__ void __launch_bounds__(Config::kNumThreads, Config::kMinBlocks)
   const int lane_idx = thread_idx % 32;
   // Through a shuffle, so that the compiler knows it to be the same for the whole warp.
   const int warp_idx = __shfl_sync(0xffffffffu, thread_idx / 32, 0);
+  // Among the tiles of all parts: what the order calls a head is a part of a group.
   const TileOrder::Place place = p.order.place(static_cast<int>(blockIdx.x));
   const int n0 = place.rank * kBlockN;  // causal tiles shrink with the key
-  const int batch_idx = place.head / p.heads_kv;
-  const int kv_head_idx = place.head % p.heads_kv;
+  const int batch_idx = place.head / p.parts_per_sequence;
+  const int part_idx = place.head % p.parts_per_sequence;  // of the sequence
+  const int kv_head_idx = part_idx / p.num_parts;
   const int seqlen_q = p.mask.seqlen_q;
   const int seqlen_k = p.mask.seqlen_k;
   const bool wants_dk = p.dk.data != nullptr;
@@ -145,9 +148,9 @@ __global__ void __launch_bounds__(Config::kNumThreads, Config::kMinBlocks)
   const bool wants_ds = wants_dk || kWithDq;
 
   const BlockRange blocks = query_blocks(p.mask, n0, kBlockM);
-  const int num_iterations = max(blocks.end - blocks.begin, 0) * p.group_size;
+  const int num_iterations = max(blocks.end - blocks.begin, 0) * p.heads_per_part;
 
-  QueryBlock at{kv_head_idx * p.group_size, blocks.begin};
+  QueryBlock at{part_idx * p.heads_per_part, blocks.begin};
 
   const bool copies_are_async = p.q.aligned16 && p.dout.aligned16;
   // Starts the copy of a query block's Q, dO and row statistics.
@@ -342,6 +345,18 @@ __global__ void __launch_bounds__(Config::kNumThreads, Config::kMinBlocks)
   }
 
   // Step 7.
+  if (p.num_parts > 1) {
+    // Everything is found again: held across the loop, it costs head_dim 128 12 bytes of spills.
+    const TileOrder::Place tile = p.order.place(sm80::opaque(static_cast<int>(blockIdx.x)));
+    const int thread = sm80::opaque(static_cast<int>(threadIdx.x));
+    const int warp = thread / 32;
+    const int row0 = tile.rank * kBlockN + warp / KVGrid::kCols * kKVM * 16;
+    const int col0 = warp % KVGrid::kCols * kKVN * 8;
+    const int64_t first = static_cast<int64_t>(tile.head) * seqlen_k * kHeadDim;
+    if (wants_dk) store_part<kHeadDim>(p.dk_parts + first, acc_dk, row0, col0, seqlen_k, thread);
+    if (wants_dv) store_part<kHeadDim>(p.dv_parts + first, acc_dv, row0, col0, seqlen_k, thread);
+    return;
+  }
   __syncthreads();
 #pragma unroll
   for (int m = 0; m < kKVM; ++m)

@@ -6,6 +6,8 @@
 //   dK, dV                           row_stats, kv
 //   dQ                               row_stats, key_mean, dq
 //
+// Where the groups of query heads are split into parts (backward/parts.h), sum_parts follows kv.
+//
 // On Hopper each begins while the one before it ends.
 #pragma once
 
@@ -52,6 +54,26 @@ void launch_preprocess(const BackwardParams& params, const KernelParams& p, Over
                 "the backward's key_mean kernel", p, s, overlap);
 }
 
+template <typename Element, int kHeadDim>
+void launch_sum_parts(const BackwardParams& params, const KernelParams& p, Overlap overlap,
+                      cudaStream_t stream) {
+  const AttentionShape& s = params.shape;
+  const int64_t blocks_per_head = num_blocks(s.seqlen_k, kSumRows<kHeadDim>);
+  PartSumParams sums{{},
+                     p.num_parts,
+                     static_cast<int>(s.batch * s.heads_kv),
+                     static_cast<int>(s.seqlen_k),
+                     p.head_dim,
+                     p.heads_kv,
+                     Divisor(blocks_per_head)};
+  int num_sums = 0;
+  if (p.dk.data != nullptr) sums.sums[num_sums++] = {p.dk_parts, p.dk, p.softmax_scale};
+  if (p.dv.data != nullptr) sums.sums[num_sums++] = {p.dv_parts, p.dv, 1.f};
+  launch_kernel(sum_parts_kernel<Element, kHeadDim>,
+                num_sums * s.batch * s.heads_kv * blocks_per_head, kSumThreads, 0, stream,
+                "the backward's sum_parts kernel", sums, s, overlap);
+}
+
 template <typename Config>
 void launch_kv(const BackwardParams& params, KernelParams p, Overlap overlap, cudaStream_t stream) {
   const AttentionShape& s = params.shape;
@@ -60,11 +82,15 @@ void launch_kv(const BackwardParams& params, KernelParams p, Overlap overlap, cu
   const int64_t head_bytes =
       s.seqlen_q * s.head_dim * (2 * sizeof(typename Config::Element) + with_dq * sizeof(float));
   const int64_t num_n_blocks = num_blocks(s.seqlen_k, Config::kBlockN);
-  p.order = tile_order(s, params.mask.is_causal, num_n_blocks, s.batch * s.heads_kv, head_bytes);
+  const int64_t all_parts = s.batch * p.parts_per_sequence;
+  p.order = tile_order(s, params.mask.is_causal, num_n_blocks, all_parts, head_bytes);
   launch_kernel(with_dq ? kv_kernel<Config, true> : kv_kernel<Config, false>,
-                s.batch * s.heads_kv * num_n_blocks, Config::kNumThreads,
+                all_parts * num_n_blocks, Config::kNumThreads,
                 sizeof(typename Config::SharedStorage), stream, "the backward's kv kernel", p, s,
                 overlap);
+  if (p.num_parts > 1) {
+    launch_sum_parts<typename Config::Element, Config::kHeadDim>(params, p, overlap, stream);
+  }
   if (!with_dq) return;
   const int64_t num_m_blocks = num_blocks(s.seqlen_q, Config::kBlockM);
   p.order = tile_order(s, false, num_m_blocks, s.batch * s.heads_q, 0);
@@ -90,7 +116,8 @@ void launch_dq(const BackwardParams& params, KernelParams p, Overlap overlap, cu
 template <typename Element, int kHeadDim>
 void launch_backward(const BackwardParams& params, CudaStream stream) {
   using Shapes = typename backward::KVShapes<sizeof(Element), kHeadDim>::type;
-  const backward::KernelParams p(params);
+  const backward::KernelParams p(params,
+                                 num_group_parts(params.shape, multiprocessor_count(params.shape)));
   const Overlap overlap = overlap_of(backward::row_stats_kernel<Element, kHeadDim>,
                                      "the backward's row_stats kernel", params.shape);
   backward::launch_preprocess<Element, kHeadDim>(params, p, overlap, stream);

@@ -20,6 +20,9 @@ struct KernelParams {
   Divisor heads_q;
   Divisor heads_kv;
   Divisor group_size;
+  Divisor num_parts;           // of a group, see backward/parts.h
+  Divisor parts_per_sequence;  // heads_kv * num_parts
+  int heads_per_part;
   int padded_seqlen_q;
   TileOrder order{};  // of the kernel's own tiles
   // Sections of the workspace, see BackwardWorkspace.
@@ -28,8 +31,10 @@ struct KernelParams {
   float* dq_row_sum;  // -dL, and where dQ comes from K as it is, rowsum(dS) - dL
   float* key_mean;
   float* dq_accum;
+  float* dk_parts;
+  float* dv_parts;
 
-  KernelParams(const BackwardParams& params)
+  KernelParams(const BackwardParams& params, int64_t num_parts)
       : q(params.q),
         k(params.k),
         v(params.v),
@@ -46,8 +51,11 @@ struct KernelParams {
         head_dim(static_cast<int>(params.shape.head_dim)),
         heads_q(params.shape.heads_q),
         heads_kv(params.shape.heads_kv),
-        group_size(params.shape.group_size()) {
-    const BackwardWorkspace sections(params);
+        group_size(params.shape.group_size()),
+        num_parts(num_parts),
+        parts_per_sequence(params.shape.heads_kv * num_parts),
+        heads_per_part(static_cast<int>(params.shape.group_size() / num_parts)) {
+    const BackwardWorkspace sections(params, num_parts);
     padded_seqlen_q = static_cast<int>(sections.padded_seqlen_q);
     lse_log2 = params.workspace + sections.lse_log2;
     delta = params.workspace + sections.delta;
@@ -55,6 +63,8 @@ struct KernelParams {
     key_mean = params.workspace + sections.key_mean;
     dq_accum =
         BackwardWorkspace::accumulates_dq(params) ? params.workspace + sections.dq_accum : nullptr;
+    dk_parts = params.workspace + sections.dk_parts;
+    dv_parts = params.workspace + sections.dv_parts;
   }
 };
 

@@ -1,6 +1,7 @@
 // Scratch memory of the CUDA backward: linear in the sequence lengths.
 #pragma once
 
+#include "backward/parts.h"
 #include "params.h"
 
 namespace flash_ext {
@@ -13,8 +14,9 @@ inline constexpr int64_t kBackwardRowPadding = 128;
 //   lse_log2, delta, dq_row_sum: (batch, heads_q, padded seqlen_q)
 //   key_mean:                    (batch, heads_kv, padded head_dim)
 //   dq_accum:                    (batch, heads_q, padded seqlen_q, padded head_dim), and only where
-//   dQ
-//                                is accumulated by several thread blocks
+//                                dQ is accumulated by several thread blocks
+//   dk_parts, dv_parts:          (batch, heads_kv, parts, seqlen_k, padded head_dim), of what is
+//                                asked for, and only where a group has several parts
 struct BackwardWorkspace {
   int64_t padded_seqlen_q = 0;
   int64_t lse_log2 = 0;
@@ -22,6 +24,8 @@ struct BackwardWorkspace {
   int64_t dq_row_sum = 0;
   int64_t key_mean = 0;
   int64_t dq_accum = 0;
+  int64_t dk_parts = 0;
+  int64_t dv_parts = 0;
   int64_t num_floats = 0;
 
   // dQ alone, or dQ to the bit, comes from a kernel of its own that needs no accumulator in memory.
@@ -30,7 +34,7 @@ struct BackwardWorkspace {
            (params.dk.data != nullptr || params.dv.data != nullptr);
   }
 
-  explicit BackwardWorkspace(const BackwardParams& params) {
+  BackwardWorkspace(const BackwardParams& params, int64_t num_parts) {
     const AttentionShape& s = params.shape;
     padded_seqlen_q =
         (s.seqlen_q + kBackwardRowPadding - 1) / kBackwardRowPadding * kBackwardRowPadding;
@@ -39,12 +43,17 @@ struct BackwardWorkspace {
     dq_row_sum = delta + rows;
     key_mean = dq_row_sum + rows;
     dq_accum = key_mean + s.batch * s.heads_kv * s.padded_head_dim();
-    num_floats = dq_accum + (accumulates_dq(params) ? rows * s.padded_head_dim() : 0);
+    dk_parts = dq_accum + (accumulates_dq(params) ? rows * s.padded_head_dim() : 0);
+    const int64_t part_floats =
+        num_parts > 1 ? s.batch * s.heads_kv * num_parts * s.seqlen_k * s.padded_head_dim() : 0;
+    dv_parts = dk_parts + (params.dk.data != nullptr ? part_floats : 0);
+    num_floats = dv_parts + (params.dv.data != nullptr ? part_floats : 0);
   }
 };
 
-inline int64_t backward_workspace_floats(const BackwardParams& params) {
-  return BackwardWorkspace(params).num_floats;
+inline int64_t backward_workspace_floats(const BackwardParams& params,
+                                         int64_t num_multiprocessors) {
+  return BackwardWorkspace(params, num_group_parts(params.shape, num_multiprocessors)).num_floats;
 }
 
 }  // namespace flash_ext

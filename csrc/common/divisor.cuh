@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "common/host_device.h"
+
 namespace flash_ext {
 
 // n / divisor for 0 <= n < 2^31 by a multiplication (Granlund and Montgomery 1994): with
@@ -16,7 +18,7 @@ class Divisor {
     multiplier_ = static_cast<uint32_t>(((uint64_t{1} << shift_) + value_ - 1) / value_);
   }
 
-  __device__ __forceinline__ operator int() const { return static_cast<int>(value_); }
+  FLASH_HOST_DEVICE operator int() const { return static_cast<int>(value_); }
   friend __device__ __forceinline__ int operator/(int n, const Divisor& d) {
     return static_cast<int>((uint64_t{static_cast<uint32_t>(n)} * d.multiplier_) >> d.shift_);
   }

@@ -27,6 +27,7 @@ class TileOrder {
         last_section_heads_(num_heads - (num_heads - 1) / heads_per_section * heads_per_section) {}
 
   __device__ __forceinline__ int tiles_per_head() const { return tiles_per_head_; }
+  __device__ __forceinline__ int num_heads() const { return num_heads_; }
 
   __device__ __forceinline__ Place place(int index) const {
     const int section = index / section_tiles_;

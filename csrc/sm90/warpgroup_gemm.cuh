@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common/numeric.cuh"
+#include "ptx/ldmatrix.cuh"
 #include "ptx/wgmma.cuh"
 #include "sm90/smem_tile.cuh"
 
@@ -26,6 +27,39 @@ __device__ __forceinline__ void gemm_abt(float (&acc)[kN / 8][4], Descriptor a, 
         accumulates || k > 0);
   }
   ptx::wgmma_commit_group();
+}
+
+// The same; the first kSteps steps along k find A in registers, which halves what they read.
+template <typename ATile, typename BTile, int kN, int kSteps>
+__device__ __forceinline__ void gemm_abt(float (&acc)[kN / 8][4], const uint32_t (&frag)[kSteps][4],
+                                         Descriptor a, Descriptor b) {
+  using Element = typename ATile::Element;
+  static_assert(ATile::kRows % 64 == 0 && ATile::kCols == BTile::kCols);
+#pragma unroll
+  for (int k = 0; k < ATile::kCols; k += kWgmmaK) {
+    const int slab = k / kSlabCols;
+    const int in_row = k % kSlabCols * static_cast<int>(sizeof(Element));
+    const uint64_t b_bits = b.at(slab * BTile::kSlabBytes + in_row);
+    if (k < kSteps * kWgmmaK) {
+      ptx::Wgmma<Element, kN>::template rs<ptx::Major::kK>(acc, frag[k / kWgmmaK], b_bits, k > 0);
+    } else {
+      ptx::Wgmma<Element, kN>::template ss<ptx::Major::kK, ptx::Major::kK>(
+          acc, a.at(slab * ATile::kSlabBytes + in_row), b_bits, k > 0);
+    }
+  }
+  ptx::wgmma_commit_group();
+}
+
+// One warp's 16 rows of that A, the first of the tile's rows `row0`.
+template <typename ATile, int kSteps>
+__device__ __forceinline__ void load_operand(uint32_t (&frag)[kSteps][4], const ATile& tile,
+                                             int row0, int lane_idx) {
+  const int row = row0 + lane_idx % 16;
+  const uint32_t base = ptx::smem_addr(tile.data);
+#pragma unroll
+  for (int k = 0; k < kSteps; ++k) {
+    ptx::ldmatrix_x4(frag[k], base + ATile::chunk_offset(row, k * kWgmmaK + lane_idx / 16 * 8));
+  }
 }
 
 // An accumulator as the A operand of the next product; zeros where that has more columns.

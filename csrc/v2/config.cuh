@@ -3,21 +3,18 @@
 
 #include "ptx/mbarrier.cuh"
 #include "sm80/smem_tile.cuh"
+#include "v2/splits.h"
 
 namespace flash_ext::v2 {
-
-// How many thread blocks one sequence yields decides their shape. One sequence, not the batch: a
-// row's bits must not depend on its batch-mates.
-enum class Grid {
-  kFull,
-  kSmall,  // too few to fill the GPU: smaller tiles, and several warps to a row
-};
 
 // Aligned rows begin, and end, at multiples of 16 bytes: what cp.async copies. Their kernel spares
 // the code for others, which costs 2% at seqlen 512, and keeps two tiles each of K and V where a
 // multiprocessor holds two thread blocks even so: the next ones then arrive behind both products,
 // and no warp waits for another that still reads (4x16x4096, d=128 on an H200: 1.04 times as fast).
 enum class Rows { kAny, kAligned };
+
+// A kernel of its own where the keys are split, see splits.h.
+enum class Keys { kAll, kShare };
 
 // The warps of a thread block split the query rows. With more than one key group they also split
 // the keys of every block, each group with a softmax of its own, joined once at the end.
@@ -60,12 +57,15 @@ struct TileShape<4, 128, Grid::kSmall> : Shape<32, 64, 4> {};
 template <Grid kGrid>
 struct TileShape<4, 256, kGrid> : Shape<32, 32, 2> {};
 
-template <typename Element_, int kHeadDim_, Grid kGrid, Rows kRows = Rows::kAny>
+template <typename Element_, int kHeadDim_, Grid kGrid, Rows kRows = Rows::kAny,
+          Keys kKeys = Keys::kAll>
 struct Config : TileShape<sizeof(Element_), kHeadDim_, kGrid> {
   using Element = Element_;
   using Base = TileShape<sizeof(Element), kHeadDim_, kGrid>;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kAligned = kRows == Rows::kAligned;
+  static constexpr bool kSplitsKeys = kKeys == Keys::kShare;
+  static_assert(Base::kBlockM == forward_block_m(sizeof(Element), kHeadDim, kGrid));
   static constexpr int kStages = kAligned && kHeadDim <= 128 ? 2 : 1;
   static constexpr int kWarpRows = Base::kBlockM == 128 ? 32 : 16;
   static constexpr int kWarpKeys = Base::kBlockN / Base::kKeyGroups;
@@ -82,6 +82,7 @@ struct Config : TileShape<sizeof(Element_), kHeadDim_, kGrid> {
     // Phase i of each is K/V block i's; of those of a stage, one in kStages.
     ptx::Mbarrier k_full[kStages], v_full[kStages];  // a block has arrived
     ptx::Mbarrier k_read, v_read;                    // no warp reads it any more
+    BlockRange share;                                // of the keys, where they are split
   };
   // sm_86 and sm_89 give a thread block no more.
   static_assert(kAligned || sizeof(SharedStorage) <= 99 * 1024, "fits every GPU from sm_80 on");

@@ -9,10 +9,12 @@
 //   5.   m, l, P = online softmax; O rescaled, never normalised
 //   6.   O += P V_j              meanwhile, or with room for two of each from step 3 on, K_j+1
 //   7. where the warps share the keys: join their O, m and l
-//   8. O / l, L = m + log l; O leaves through shared memory in 16-byte stores
+//   8. O / l, L = m + log l; O leaves through shared memory in 16-byte stores. Where the keys are
+//      split: O / l, m and l to the workspace, in fp32, to be merged
 #pragma once
 
 #include "common/block_range.h"
+#include "common/merge_shares.cuh"
 #include "common/online_softmax.cuh"
 #include "common/tile_order.cuh"
 #include "params.h"
@@ -31,6 +33,9 @@ struct KernelParams {
   Divisor heads_q;
   Divisor group_size;
   TileOrder order;
+  Shares shares;  // where the keys are split
+  int num_splits;
+  Divisor num_tiles;  // of one share
 };
 
 // A warp's place in the tile and its state on the walk over K/V.
@@ -57,12 +62,11 @@ struct WarpTile {
     sm80::clear(acc_o);
   }
 
-  // Steps 3 to 6 for the K/V block `n_block` and the query tile at row m0. `load_next_k` is called
-  // where this block's K is read.
+  // Steps 3 to 6 for the thread block's `n_block`-th K/V block, which begins at key n0, and the
+  // query tile at row m0. `load_next_k` is called where this block's K is read.
   template <typename Load>
-  __device__ __forceinline__ void step(SharedStorage& smem, const KernelParams& p, int m0,
+  __device__ __forceinline__ void step(SharedStorage& smem, const KernelParams& p, int m0, int n0,
                                        int n_block, Load load_next_k) {
-    const int n0 = n_block * Config::kBlockN;
     const int key0 = key_group * Config::kWarpKeys;
     const int stage = n_block % Config::kStages;
     const int parity = n_block / Config::kStages & 1;
@@ -150,21 +154,52 @@ struct WarpTile {
     __syncwarp();
     sm80::store_accumulator(smem.q, acc_o, row0, 0, lane_idx);
   }
+
+  // The same for a share of the keys. `head_row`: the tile's first row among the rows of all heads,
+  // of one share after another; `rows`: how many there are of the tile's.
+  __device__ __forceinline__ void store_share(const Shares& shares, int64_t head_row, int rows) {
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float sum = quad_sum(softmax.row_sum[m][half]);
+        const float inverse = inverse_sum(sum);
+        const int row = row0 + 16 * m + 8 * half + lane_idx / 4;
+        if (row >= rows) continue;
+        if (lane_idx % 4 == 0) {
+          shares.stats[head_row + row] = make_float2(softmax.row_max[m][half], sum);
+        }
+        float* const out = shares.out + (head_row + row) * Config::kHeadDim + lane_idx % 4 * 2;
+#pragma unroll
+        for (int n = 0; n < kNO; ++n) {
+          const float* o = &acc_o[m][n][2 * half];
+          *reinterpret_cast<float2*>(out + 8 * n) = make_float2(o[0] * inverse, o[1] * inverse);
+        }
+      }
+    }
+  }
 };
 
-// The queries of a thread block.
+// The queries of a thread block, and which share of their keys.
 struct QueryTile {
+  int split;
   int batch_head;  // batch_idx * heads_q + head_idx
   int batch_idx;
   int head_idx;
   int m0;  // the first row
 
-  __device__ __forceinline__ QueryTile(const KernelParams& p, int block_m, int block_idx) {
-    const TileOrder::Place place = p.order.place(block_idx);
-    batch_head = place.head;
-    batch_idx = batch_head / p.heads_q;
-    head_idx = batch_head % p.heads_q;
-    m0 = (p.order.tiles_per_head() - 1 - place.rank) * block_m;  // causal tiles grow with the row
+  template <bool kSplitsKeys>
+  static __device__ __forceinline__ QueryTile at(const KernelParams& p, int block_m,
+                                                 int block_idx) {
+    QueryTile tile;
+    tile.split = kSplitsKeys ? block_idx / p.num_tiles : 0;
+    const TileOrder::Place place = p.order.place(block_idx - tile.split * p.num_tiles);
+    tile.batch_head = place.head;
+    tile.batch_idx = tile.batch_head / p.heads_q;
+    tile.head_idx = tile.batch_head % p.heads_q;
+    // Causal tiles grow with the row.
+    tile.m0 = (p.order.tiles_per_head() - 1 - place.rank) * block_m;
+    return tile;
   }
 };
 
@@ -179,7 +214,7 @@ __global__ void __launch_bounds__(Config::kNumThreads, 1)
   auto& smem = *reinterpret_cast<typename Config::SharedStorage*>(smem_bytes);
 
   const int thread_idx = threadIdx.x;
-  const QueryTile tile(p, kBlockM, blockIdx.x);
+  const auto tile = QueryTile::at<Config::kSplitsKeys>(p, kBlockM, blockIdx.x);
   const int m0 = tile.m0;
   const int kv_head_idx = tile.head_idx / p.group_size;
   const int seqlen_q = p.mask.seqlen_q;
@@ -191,21 +226,28 @@ __global__ void __launch_bounds__(Config::kNumThreads, 1)
   const auto rows_of = [&](const TensorView& view) {
     return sm80::gmem_rows<Element>(view, tile.batch_idx, sm80::opaque(kv_head_idx), p.head_dim);
   };
+  const BlockRange all_blocks = key_blocks(p.mask, m0, kBlockM, kBlockN);
+  BlockRange blocks = all_blocks;
+  if constexpr (Config::kSplitsKeys) {
+    blocks = split_blocks(all_blocks.end, tile.split, p.num_splits);
+    if (thread_idx == 0) smem.share = blocks;  // read anew where needed, for want of registers
+  }
+  const auto first_block = [&] { return Config::kSplitsKeys ? smem.share.begin : 0; };
+  const auto past_last = [&] { return Config::kSplitsKeys ? smem.share.end : all_blocks.end; };
   const auto load_k = [&](int n_block) {
     const int stage = n_block % Config::kStages;
-    sm80::load_tile<kNumThreads, Config::kAligned>(smem.k[stage], rows_of(p.k), n_block * kBlockN,
-                                                   seqlen_k, thread_idx);
+    sm80::load_tile<kNumThreads, Config::kAligned>(
+        smem.k[stage], rows_of(p.k), (first_block() + n_block) * kBlockN, seqlen_k, thread_idx);
     sm80::arrive_when_copied(smem.k_full[stage], copies_are_async);
   };
   const auto load_v = [&](int n_block) {
     const int stage = n_block % Config::kStages;
-    sm80::load_tile<kNumThreads, Config::kAligned>(smem.v[stage], rows_of(p.v), n_block * kBlockN,
-                                                   seqlen_k, thread_idx);
+    sm80::load_tile<kNumThreads, Config::kAligned>(
+        smem.v[stage], rows_of(p.v), (first_block() + n_block) * kBlockN, seqlen_k, thread_idx);
     sm80::arrive_when_copied(smem.v_full[stage], copies_are_async);
   };
 
   WarpTile<Config> warp(thread_idx);
-  const BlockRange blocks = key_blocks(p.mask, m0, kBlockM, kBlockN);
   if (blocks.begin < blocks.end) {
     if (thread_idx == 0) {
 #pragma unroll
@@ -222,9 +264,9 @@ __global__ void __launch_bounds__(Config::kNumThreads, 1)
     __syncthreads();  // the barriers are initialised
     load_k(0);
     load_v(0);
-    for (int n_block = 0; n_block < blocks.end; ++n_block) {  // blocks begin at 0
+    for (int n_block = 0; first_block() + n_block < past_last(); ++n_block) {
       const auto load_next_k = [&] {
-        if (n_block + 1 < blocks.end) load_k(n_block + 1);
+        if (first_block() + n_block + 1 < past_last()) load_k(n_block + 1);
       };
       if (n_block > 0) {
         auto& read = Config::kStages > 1 ? smem.k_read : smem.v_read;
@@ -232,12 +274,18 @@ __global__ void __launch_bounds__(Config::kNumThreads, 1)
         load_v(n_block);
       }
       if (Config::kStages > 1) load_next_k();
-      warp.step(smem, p, m0, n_block, load_next_k);
+      warp.step(smem, p, m0, (first_block() + n_block) * kBlockN, n_block, load_next_k);
     }
   }
   if constexpr (Config::kKeyGroups > 1) warp.join_key_groups(smem, p.scale.log2);
   // The tile's place anew: what is not held across the loop leaves registers to the products.
-  const QueryTile done(p, kBlockM, sm80::opaque(blockIdx.x));
+  const auto done = QueryTile::at<Config::kSplitsKeys>(p, kBlockM, sm80::opaque(blockIdx.x));
+  if constexpr (Config::kSplitsKeys) {
+    if (warp.key_group > 0) return;
+    const int64_t share_head = int64_t{done.split} * p.order.num_heads() + done.batch_head;
+    warp.store_share(p.shares, share_head * seqlen_q + done.m0, seqlen_q - done.m0);
+    return;
+  }
   if (warp.key_group == 0) {
     warp.finish(smem, p.lse + static_cast<int64_t>(done.batch_head) * seqlen_q, done.m0, seqlen_q,
                 p.scale.natural);

@@ -13,9 +13,6 @@ int num_m_blocks(const AttentionShape& shape) {
   return static_cast<int>((shape.seqlen_q + Config::kBlockM - 1) / Config::kBlockM);
 }
 
-// A sequence of at most this many tall tiles cannot fill a GPU on its own.
-inline constexpr int kSmallGridTiles = 16;
-
 inline bool rows_are_aligned(const ForwardParams& params, int element_bytes) {
   return params.q.aligned16 && params.k.aligned16 && params.v.aligned16 && params.out.aligned16 &&
          params.shape.head_dim * element_bytes % 16 == 0;
@@ -43,18 +40,26 @@ auto with_rows(const ForwardParams& params, Visit visit) {
   return visit(Config<Element, kHeadDim, kGrid>{});
 }
 
+template <typename Element, int kHeadDim, Grid kGrid, typename Visit>
+auto with_keys(const ForwardParams& params, Visit visit) {
+  const AttentionShape& s = params.shape;
+  if (forward_splits(s, sizeof(Element), multiprocessor_count(s)) > 1) {
+    return visit(Config<Element, kHeadDim, kGrid, Rows::kAny, Keys::kShare>{});
+  }
+  return with_rows<Element, kHeadDim, kGrid>(params, visit);
+}
+
 // Calls `visit` with the configuration for sequences of this length and number of heads.
 template <typename Element, int kHeadDim, typename Visit>
 auto with_config(const ForwardParams& params, Visit visit) {
   using Full = Config<Element, kHeadDim, Grid::kFull>;
   using Small = Config<Element, kHeadDim, Grid::kSmall>;
   if constexpr (Full::kNumWarps != Small::kNumWarps) {
-    const AttentionShape& s = params.shape;
-    if (s.heads_q * num_m_blocks<Full>(s) <= kSmallGridTiles) {
-      return with_rows<Element, kHeadDim, Grid::kSmall>(params, visit);
+    if (forward_grid(params.shape, sizeof(Element)) == Grid::kSmall) {
+      return with_keys<Element, kHeadDim, Grid::kSmall>(params, visit);
     }
   }
-  return with_rows<Element, kHeadDim, Grid::kFull>(params, visit);
+  return with_keys<Element, kHeadDim, Grid::kFull>(params, visit);
 }
 
 }  // namespace v2
@@ -65,6 +70,9 @@ void launch_forward_v2(const ForwardParams& params, CudaStream stream) {
     using Config = decltype(config);
     const AttentionShape& s = params.shape;
     const int num_m_blocks = v2::num_m_blocks<Config>(s);
+    const int64_t num_tiles = s.batch * s.heads_q * num_m_blocks;
+    const int64_t splits =
+        Config::kSplitsKeys ? v2::forward_splits(s, sizeof(Element), multiprocessor_count(s)) : 1;
     const int64_t kv_bytes = 2 * sizeof(Element) * s.seqlen_k * s.head_dim;
     const v2::KernelParams p{
         params.q,
@@ -77,10 +85,15 @@ void launch_forward_v2(const ForwardParams& params, CudaStream stream) {
         static_cast<int>(s.head_dim),
         Divisor(s.heads_q),
         Divisor(s.group_size()),
-        tile_order(s, params.mask.is_causal, num_m_blocks, s.batch * s.heads_q, kv_bytes)};
-    launch_kernel(v2::forward_kernel<Config>, s.batch * s.heads_q * num_m_blocks,
-                  Config::kNumThreads, sizeof(typename Config::SharedStorage), stream,
-                  "the v2 forward kernel", p, s);
+        tile_order(s, params.mask.is_causal, num_m_blocks, s.batch * s.heads_q, kv_bytes),
+        Config::kSplitsKeys ? place_shares<kHeadDim>(params, splits) : Shares{},
+        static_cast<int>(splits),
+        Divisor(num_tiles)};
+    launch_kernel(v2::forward_kernel<Config>, splits * num_tiles, Config::kNumThreads,
+                  sizeof(typename Config::SharedStorage), stream, "the v2 forward kernel", p, s);
+    if constexpr (Config::kSplitsKeys) {
+      launch_merge<Element, kHeadDim>(params, p.shares, splits, stream);
+    }
   });
 }
 
@@ -89,9 +102,11 @@ KernelPlan plan_forward_v2(const ForwardParams& params) {
   return v2::with_config<Element, kHeadDim>(params, [&](auto config) {
     using Config = decltype(config);
     const AttentionShape& s = params.shape;
+    const int64_t splits =
+        Config::kSplitsKeys ? v2::forward_splits(s, sizeof(Element), multiprocessor_count(s)) : 1;
     return KernelPlan{Config::kBlockM, Config::kBlockN, Config::kNumWarps,
                       sizeof(typename Config::SharedStorage),
-                      s.batch * s.heads_q * v2::num_m_blocks<Config>(s)};
+                      splits * s.batch * s.heads_q * v2::num_m_blocks<Config>(s)};
   });
 }
 

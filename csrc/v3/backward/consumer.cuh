@@ -23,7 +23,8 @@ class Consumer {
   static constexpr int kBlockM = Config::kBlockM;
   static constexpr int kBlockN = Config::kBlockN;
   static constexpr int kHeadDim = Config::kHeadDim;
-  static constexpr int kTilesM = kBlockM / 8;  // of eight columns
+  template <int kSteps>
+  using Rows = sm90::SmemTile<Element, 16 * kSteps, kHeadDim>;  // of a QTile
 
  public:
   __device__ __forceinline__ Consumer(SharedStorage& smem, const KernelParams& params,
@@ -79,8 +80,12 @@ class Consumer {
     const int first_full_row =
         key0 + 64 <= p_.mask.seqlen_k ? p_.mask.row_begin(key0 + 63) : p_.mask.seqlen_q;
     Step step{first_row, key0, first_full_row, steps == 1};
-    if (first_row + kBlockM <= p_.mask.row_begin(key0)) {
+    const int hidden_rows = p_.mask.row_begin(key0) - first_row;
+    constexpr int kHalf = kBlockM > 64 ? kBlockM / 2 : 0;
+    if (hidden_rows >= kBlockM) {
       skip_first(step.is_last);
+    } else if (kHalf > 0 && hidden_rows >= kHalf) {
+      compute</*kIsFirst=*/true, kHalf>(step);
     } else {
       compute</*kIsFirst=*/true>(step);
     }
@@ -95,38 +100,46 @@ class Consumer {
     kv_at_.advance();
   }
 
-  // The first step is code of its own: what it alone has to do lies in nobody else's way.
-  template <bool kIsFirst>
+  // The first step is code of its own: what it alone has to do lies in nobody else's way. The rows
+  // before kFirstRow are hidden, and not computed.
+  template <bool kIsFirst, int kFirstRow = 0>
   __device__ __forceinline__ void compute(const Step& step) {
-    float acc_s[kTilesM][4], acc_dp[kTilesM][4];
-    uint32_t frag_p[kTilesM / 2][4], frag_ds[kTilesM / 2][4];
+    constexpr int kRows = kBlockM - kFirstRow;
+    float acc_s[kRows / 8][4], acc_dp[kRows / 8][4];
+    uint32_t frag_p[kRows / 16][4], frag_ds[kRows / 16][4];
     sm90::wait_full(smem_.query_barriers, at_);
     if (kIsFirst) sm90::wait_full(smem_.k_barriers, kv_at_);
     ptx::wgmma_fence();
-    sm90::gemm_abt<KVTile, QTile>(acc_s, k_desc_, q_desc_.template tile<QTile>(at_.stage));
-    if (kIsFirst) sm90::wait_full(smem_.v_barriers, kv_at_);
+    sm90::gemm_abt<KVTile, QTile, kRows>(
+        acc_s, k_desc_, q_desc_.template tile<QTile>(at_.stage).from_row(kFirstRow));
+    if (kIsFirst) load_v();
     ptx::wgmma_fence();
-    sm90::gemm_abt<KVTile, QTile>(acc_dp, v_desc_, dout_desc_.template tile<QTile>(at_.stage));
+    sm90::gemm_abt<KVTile, QTile, kRows>(
+        acc_dp, frag_v_, v_desc_, dout_desc_.template tile<QTile>(at_.stage).from_row(kFirstRow));
 
     if (kIsFirst) centre_keys();
     const auto& statistics = smem_.statistics[at_.stage];
     const bool is_plain = step.row0 >= step.first_full_row && statistics.has_huge == 0;
     ptx::wgmma_wait_group<1>();
     if (step.is_last && lane_idx_ == 0) ptx::mbarrier_arrive(smem_.k_barriers.empty[0]);
-    if (!is_plain) adjust_scores(acc_s, step);
-    recompute_p(acc_s, statistics.lse_log2 + first_col(), signed_scale_log2_);
+    if (!is_plain) adjust_scores(acc_s, step.row0 + kFirstRow, step.key0);
+    recompute_p(acc_s, statistics.lse_log2 + kFirstRow + first_col(), signed_scale_log2_);
     sm90::pack_operand<Element>(frag_p, acc_s);
     ptx::wgmma_wait_group<0>();
     if (step.is_last && lane_idx_ == 0) ptx::mbarrier_arrive(smem_.v_barriers.empty[0]);
-    compute_ds(acc_dp, acc_s, smem_.delta[at_.stage] + first_col());
+    compute_ds(acc_dp, acc_s, smem_.delta[at_.stage] + kFirstRow + first_col());
     sm90::pack_operand<Element>(frag_ds, acc_dp);
     if (kIsFirst) await_gradient_sent();  // dV lies there
-    store_ds(frag_ds);
+    if constexpr (kFirstRow > 0) {
+      const uint32_t zeros[kFirstRow / 16][4] = {};
+      store_ds(zeros, 0);
+    }
+    store_ds(frag_ds, kFirstRow);
     if (kIsFirst) stage_dk();  // of the tile before
 
     announce_ds();
-    issue_dv(frag_p);
-    issue_dk(frag_ds, !kIsFirst);
+    issue_dv(frag_p, kFirstRow);
+    issue_dk(frag_ds, kFirstRow, !kIsFirst);
     ptx::wgmma_wait_group<0>();
     finish_step(kIsFirst);
   }
@@ -135,15 +148,15 @@ class Consumer {
   __device__ __forceinline__ void skip_first(bool is_last) {
     sm90::wait_full(smem_.query_barriers, at_);
     sm90::wait_full(smem_.k_barriers, kv_at_);
-    sm90::wait_full(smem_.v_barriers, kv_at_);
+    load_v();
     centre_keys();
     if (is_last && lane_idx_ == 0) {
       ptx::mbarrier_arrive(smem_.k_barriers.empty[0]);
       ptx::mbarrier_arrive(smem_.v_barriers.empty[0]);
     }
-    const uint32_t frag_ds[kTilesM / 2][4] = {};
+    const uint32_t frag_ds[kBlockM / 16][4] = {};
     await_gradient_sent();
-    store_ds(frag_ds);
+    store_ds(frag_ds, 0);
     stage_dk();
     clear(acc_dk_);
     announce_ds();
@@ -167,15 +180,24 @@ class Consumer {
     at_.advance();
   }
 
-  __device__ __forceinline__ void issue_dv(const uint32_t (&frag_p)[kTilesM / 2][4]) {
-    ptx::wgmma_fence();
-    sm90::gemm_ab<QTile>(acc_dv_, frag_p, dout_rows_desc_.template tile<QTile>(at_.stage), true);
+  __device__ __forceinline__ void load_v() {
+    sm90::wait_full(smem_.v_barriers, kv_at_);
+    sm90::load_operand(frag_v_, smem_.v, 64 * warpgroup_idx_ + 16 * warp_idx_, lane_idx_);
   }
-  __device__ __forceinline__ void issue_dk(const uint32_t (&frag_ds)[kTilesM / 2][4],
-                                           bool accumulates) {
+
+  // From the block's rows `first_row`.. on.
+  template <int kSteps>
+  __device__ __forceinline__ void issue_dv(const uint32_t (&frag_p)[kSteps][4], int first_row) {
+    const auto dout = dout_rows_desc_.template tile<QTile>(at_.stage).from_row(first_row);
     ptx::wgmma_fence();
-    sm90::gemm_ab<QTile>(acc_dk_, frag_ds, q_rows_desc_.template tile<QTile>(at_.stage),
-                         accumulates);
+    sm90::gemm_ab<Rows<kSteps>>(acc_dv_, frag_p, dout, true);
+  }
+  template <int kSteps>
+  __device__ __forceinline__ void issue_dk(const uint32_t (&frag_ds)[kSteps][4], int first_row,
+                                           bool accumulates) {
+    const auto q = q_rows_desc_.template tile<QTile>(at_.stage).from_row(first_row);
+    ptx::wgmma_fence();
+    sm90::gemm_ab<Rows<kSteps>>(acc_dk_, frag_ds, q, accumulates);
   }
 
   // This warpgroup's rows of K, minus the mean of the head's keys. From that dQ = dS K is computed:
@@ -217,9 +239,11 @@ class Consumer {
   __device__ __forceinline__ int first_col() const { return lane_idx_ % 4 * 2; }
 
   // The few scores that need more than recompute_p(), in one branch: it then schedules better.
-  __device__ __forceinline__ void adjust_scores(float (&acc_s)[kTilesM][4], const Step& step) {
-    const int row = step.row0 + first_col();
-    mask_scores(acc_s, p_.mask, p_.scale.negate, step.key0 + 16 * warp_idx_ + lane_idx_ / 4, row);
+  // `row0`, `key0`: the first query and the first key of this warpgroup.
+  template <int kN>
+  __device__ __forceinline__ void adjust_scores(float (&acc_s)[kN][4], int row0, int key0) {
+    const int row = row0 + first_col();
+    mask_scores(acc_s, p_.mask, p_.scale.negate, key0 + 16 * warp_idx_ + lane_idx_ / 4, row);
     const auto& statistics = smem_.statistics[at_.stage];
     if (!statistics.has_huge) return;
     const float* lse = p_.lse + int64_t{statistics.batch_head} * p_.mask.seqlen_q + row;
@@ -227,15 +251,16 @@ class Consumer {
                       p_.scale.negate ? -p_.scale.natural : p_.scale.natural);
   }
 
-  // Transposed: a row of the tile is a query.
-  __device__ __forceinline__ void store_ds(const uint32_t (&frag_ds)[kTilesM / 2][4]) {
+  // Transposed: a row of the tile is a query, the first one `first_row`.
+  template <int kSteps>
+  __device__ __forceinline__ void store_ds(const uint32_t (&frag_ds)[kSteps][4], int first_row) {
     // Lane l names row l % 8 of matrix l / 8: the first and the next eight keys, then the next
     // eight queries.
-    const int row = (lane_idx_ / 16) * 8 + lane_idx_ % 8;
+    const int row = first_row + (lane_idx_ / 16) * 8 + lane_idx_ % 8;
     const int col = 64 * warpgroup_idx_ + 16 * warp_idx_ + (lane_idx_ / 8 % 2) * 8;
     const uint32_t base = ptx::smem_addr(smem_.ds[at_.stage].data) + DsTile::chunk_offset(row, col);
 #pragma unroll
-    for (int m = 0; m < kBlockM / 16; ++m) {
+    for (int m = 0; m < kSteps; ++m) {
       ptx::stmatrix_x4_trans(base + m * 16 * sm90::kSlabRowBytes, frag_ds[m][0], frag_ds[m][1],
                              frag_ds[m][2], frag_ds[m][3]);
     }
@@ -320,6 +345,7 @@ class Consumer {
 
   float acc_dk_[kHeadDim / 8][4];
   float acc_dv_[kHeadDim / 8][4];
+  uint32_t frag_v_[Config::kVSteps][4];
 };
 
 }  // namespace flash_ext::v3::backward

@@ -22,13 +22,15 @@
 // dV goes to shared memory at the end of the tile and dK, for which there is no room beside it, in
 // the middle of the next tile's first step, when its registers are needed.
 //
-// What binds seems to be shared memory: by count of bytes a step at head_dim 128 keeps it busy for
-// 2,800 clocks (its tensor cores: 2,560), S and dP at 128 bytes a clock, dV and dK 64, dQ 96,
-// beside dS, dQ on its way out and TMA's writes; and the row statistics on top. H200, measured and
-// dropped there: both warpgroups computing half of each dQ a step later, so that neither waits, 2
-// to 4% slower; dQ from registers by red.v4, half the columns each, 1 to 4%; dQ's first summand
-// stored instead of added to zeros, 6%; dQ's last one followed by the conversion to elements, 250%;
-// dV before dS: C7512.
+// What binds is shared memory. At head_dim 128 a step took 3,485 clocks with all of V read from
+// there, in which ncu counts 2,670 wavefronts (and not TMA's 512): S and dP read 128 bytes a clock,
+// dV and dK 64, dQ 96, beside dS, dQ on its way out, and the row statistics, which every thread
+// reads. The tensor cores need 2,560. So a part of V stays in registers (Config::kVSteps): 3 to 4%.
+// H200, measured and dropped at head_dim 128: both warpgroups computing half of each dQ a step
+// later, so that neither waits, 2 to 4% slower; dQ from registers by red.v4, half the columns each,
+// 1 to 8%; dQ's first summand stored instead of added to zeros, 6%; dQ's last one followed by the
+// conversion to elements, 250%; preprocess, this kernel, postprocess for a few batch entries at a
+// time, so that dQ's accumulator stays in L2, 8 to 50% at 512, 1 to 10% at 2k; dV before dS: C7512.
 //
 // Barriers                     who arrives                        who waits
 //   tile full                  the producer                       everyone else

@@ -4,10 +4,10 @@
 #include <algorithm>
 
 #include "common/launch_kernel.cuh"
+#include "common/merge_shares.cuh"
 #include "launch.h"
 #include "sm90/tensor_map.h"
 #include "v3/forward/kernel.cuh"
-#include "v3/forward/merge.cuh"
 #include "v3/forward/splits.h"
 
 namespace flash_ext {
@@ -31,7 +31,7 @@ template <typename Config>
 Schedule make_schedule(const ForwardParams& params) {
   const AttentionShape& s = params.shape;
   const int64_t num_m_blocks = (s.seqlen_q + Config::kBlockM - 1) / Config::kBlockM;
-  const int64_t splits = num_splits(s, multiprocessor_count(s));
+  const int64_t splits = forward_splits(s, multiprocessor_count(s));
   const int64_t num_tiles = grid_size(splits * num_m_blocks * s.batch * s.heads_q, s);
   const int64_t num_blocks = std::min<int64_t>(num_tiles, multiprocessor_count(s));
   const int64_t section = section_heads<Config>(params, num_m_blocks, num_blocks);
@@ -41,38 +41,6 @@ Schedule make_schedule(const ForwardParams& params) {
           static_cast<int>(num_blocks)};
 }
 
-// Where the shares of split keys lie in the workspace.
-template <typename Config>
-Shares place_shares(const ForwardParams& params, int num_splits) {
-  const AttentionShape& s = params.shape;
-  if (num_splits == 1) return {nullptr, nullptr};
-  const int64_t rows = num_splits * s.batch * s.heads_q * s.seqlen_q;
-  return {params.workspace, reinterpret_cast<float2*>(params.workspace + rows * Config::kHeadDim)};
-}
-
-template <typename Config>
-void launch_merge(const ForwardParams& params, const KernelParams& p, cudaStream_t stream) {
-  const AttentionShape& s = params.shape;
-  constexpr int kRowsPerBlock = kMergeThreads / (Config::kHeadDim / 8);
-  const int64_t rows = s.batch * s.heads_q * s.seqlen_q;
-  const MergeParams merge{p.shares,
-                          params.out,
-                          p.lse,
-                          p.scale,
-                          p.schedule.num_splits,
-                          rows,
-                          static_cast<int>(s.heads_q),
-                          static_cast<int>(s.seqlen_q),
-                          static_cast<int>(s.head_dim)};
-  launch_kernel(merge_shares_kernel<typename Config::Element, Config::kHeadDim>,
-                (rows + kRowsPerBlock - 1) / kRowsPerBlock, kMergeThreads, 0, stream,
-                "the v3 merge of split keys", merge, s);
-}
-
-}  // namespace v3::forward
-
-namespace v3::forward {
-
 template <typename Config>
 void launch_forward(const ForwardParams& params, cudaStream_t stream) {
   using Element = typename Config::Element;
@@ -81,21 +49,24 @@ void launch_forward(const ForwardParams& params, cudaStream_t stream) {
     return sm90::make_tensor_map<Element>(view, s.batch, heads, seqlen, s.head_dim, box_rows);
   };
   const Schedule schedule = make_schedule<Config>(params);
-  const KernelParams p{map(params.q, s.heads_q, s.seqlen_q, kRowsPerWarpgroup),
-                       map(params.k, s.heads_kv, s.seqlen_k, Config::kBlockN),
-                       map(params.v, s.heads_kv, s.seqlen_k, Config::kBlockN),
-                       map(params.out, s.heads_q, s.seqlen_q, kRowsPerWarpgroup),
-                       params.out,
-                       static_cast<int>(s.head_dim),
-                       static_cast<float*>(params.lse),
-                       place_shares<Config>(params, schedule.num_splits),
-                       params.mask,
-                       SoftmaxScale(params.softmax_scale),
-                       static_cast<int>(s.group_size()),
-                       schedule};
+  const KernelParams p{
+      map(params.q, s.heads_q, s.seqlen_q, kRowsPerWarpgroup),
+      map(params.k, s.heads_kv, s.seqlen_k, Config::kBlockN),
+      map(params.v, s.heads_kv, s.seqlen_k, Config::kBlockN),
+      map(params.out, s.heads_q, s.seqlen_q, kRowsPerWarpgroup),
+      params.out,
+      static_cast<int>(s.head_dim),
+      static_cast<float*>(params.lse),
+      Config::kSplitsKeys ? place_shares<Config::kHeadDim>(params, schedule.num_splits) : Shares{},
+      params.mask,
+      SoftmaxScale(params.softmax_scale),
+      static_cast<int>(s.group_size()),
+      schedule};
   launch_kernel(forward_kernel<Config>, schedule.num_thread_blocks, Config::kNumThreads,
                 sizeof(typename Config::SharedStorage), stream, "the v3 forward kernel", p, s);
-  if (Config::kSplitsKeys) launch_merge<Config>(params, p, stream);
+  if constexpr (Config::kSplitsKeys) {
+    launch_merge<Element, Config::kHeadDim>(params, p.shares, schedule.num_splits, stream);
+  }
 }
 
 // d=64: whether tiles of 256 rows leave fewer rows of a sequence empty than such of 192, and few
@@ -114,7 +85,7 @@ auto with_config(const ForwardParams& params, Function&& f) {
   const AttentionShape& s = params.shape;
   using Split = Config<Element, kHeadDim, Variant::kSplit>;
   static_assert(Split::kBlockM == forward_block_m(kHeadDim));
-  if (num_splits(s, multiprocessor_count(s)) > 1) return f(Split());
+  if (forward_splits(s, multiprocessor_count(s)) > 1) return f(Split());
   if constexpr (kHeadDim == 64) {
     if (is_short(s)) return f(Config<Element, kHeadDim, Variant::kShort>());
     // H200: +4% at 1.25k keys, 0 at 2k and 4k, -4% at 16k; at d=128 -1% to 1k.

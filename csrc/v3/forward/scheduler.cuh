@@ -1,8 +1,8 @@
 // Which tiles a thread block computes, and in which order.
 #pragma once
 
-#include "common/block_range.h"
 #include "common/mask.h"
+#include "common/splits.h"
 #include "v3/tile_order.cuh"
 
 namespace flash_ext::v3::forward {
@@ -45,13 +45,6 @@ FLASH_HOST_DEVICE int num_key_blocks(const Mask& mask, int row0, int rows, int b
 FLASH_HOST_DEVICE int keys_seen(const Mask& mask, int row0) {
   const int last = row0 + kRowsPerWarpgroup - 1;
   return mask.key_end(last < mask.seqlen_q ? last : mask.seqlen_q - 1);
-}
-
-// What a share of the keys gets of a tile's `blocks`.
-FLASH_HOST_DEVICE BlockRange split_blocks(int blocks, int split, int num_splits) {
-  const int size = ceil_div(blocks, num_splits);
-  const int begin = split * size;
-  return {begin < blocks ? begin : blocks, begin + size < blocks ? begin + size : blocks};
 }
 
 // A head's tiles come by query block, last (under a causal mask: longest) first. Where the keys are
