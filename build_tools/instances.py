@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from build_tools.toolchain import BuildError
 
 # Slowest to compile first, so that the last jobs of a build are short ones.
-KERNELS = ("backward", "forward_v2", "forward_v1")
+KERNELS = ("backward", "general_backward", "forward_v2", "general_forward", "forward_v1")
 DTYPES = {"fp32": "float", "bf16": "__nv_bfloat16", "fp16": "__half"}
 HEAD_DIMS = (64, 128, 256)
 
@@ -20,12 +20,14 @@ HEAD_DIMS_SM90 = {
 }
 DTYPES_SM90 = ("bf16", "fp16")
 
-_FOLDERS = {
-    "backward": "backward",
-    "forward_v1": "v1",
-    "forward_v2": "v2",
-    "forward_v3": "v3/forward",
-    "backward_v3": "v3/backward",
+_HEADERS = {
+    "backward": "backward/launch.cuh",
+    "forward_v1": "v1/launch.cuh",
+    "forward_v2": "v2/launch.cuh",
+    "forward_v3": "v3/forward/launch.cuh",
+    "backward_v3": "v3/backward/launch.cuh",
+    "general_forward": "v2/general_launch.cuh",
+    "general_backward": "backward/general/launch.cuh",
 }
 
 
@@ -83,12 +85,12 @@ def _chosen(environ, variable, allowed):
 
 
 def _source(kernel, element, head_dim):
-    is_backward = kernel.startswith("backward")
+    is_backward = "backward" in kernel
     params = "BackwardParams" if is_backward else "ForwardParams"
     arguments = f"<{element}, {head_dim}>(\n    const flash_ext::{params}&"
     launch = f"template void flash_ext::launch_{kernel}{arguments}, flash_ext::CudaStream);\n"
     plan = f"template flash_ext::KernelPlan flash_ext::plan_{kernel}{arguments});\n"
-    return f'#include "{_FOLDERS[kernel]}/launch.cuh"\n\n{launch}' + ("" if is_backward else plan)
+    return f'#include "{_HEADERS[kernel]}"\n\n{launch}' + ("" if is_backward else plan)
 
 
 def write_if_changed(path, text):

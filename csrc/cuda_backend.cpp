@@ -4,6 +4,7 @@
 #include <c10/cuda/CUDAStream.h>
 
 #include "backend.h"
+#include "backward/general/workspace.h"
 #include "backward/workspace.h"
 #include "common/cuda_check.h"
 #include "dispatch.h"
@@ -46,12 +47,11 @@ bool v2_is_faster(const AttentionShape& s) {
          v3::forward_splits(s, multiprocessor_count(s)) == 1;
 }
 
-// No CUDA kernel serves general calls yet.
-template <typename Params>
-void check_plain(const Params& params, const char* op) {
-  TORCH_CHECK(!params.is_general, "flash_ext.", op,
-              ": q must be on the CPU, whose kernels alone have masks, biases, windows, sinks, "
-              "dropout, packed sequences and block sparsity, got a CUDA tensor");
+// v2's kernels serve general calls, also those for v1.
+void check_general_algorithm(Algorithm algorithm, const char* op) {
+  TORCH_CHECK(algorithm != Algorithm::kV3, "flash_ext.", op,
+              ": algorithm 'v3' must be 'auto' or 'v2' for masks, biases, windows, sinks, dropout, "
+              "packed sequences and block sparsity, got 'v3'");
 }
 
 // What "auto" stands for; raises where v3 was asked for and cannot run.
@@ -77,9 +77,15 @@ Algorithm resolve(Algorithm algorithm, c10::ScalarType dtype, const BackwardPara
 }  // namespace
 
 void forward(Algorithm algorithm, c10::ScalarType dtype, ForwardParams params, c10::Device device) {
-  check_plain(params, "general_forward");
   const c10::cuda::CUDAGuard device_guard(device);
   const auto stream = c10::cuda::getCurrentCUDAStream(device.index()).stream();
+  if (params.is_general) {
+    check_general_algorithm(algorithm, "general_forward");
+    dispatch_instance(dtype, params.shape, [&](auto element, auto head_dim) {
+      launch_general_forward<typename decltype(element)::type, head_dim()>(params, stream);
+    });
+    return;
+  }
   algorithm = resolve(algorithm, dtype, params);
   at::Tensor workspace;
   if (const auto floats = forward_workspace_floats(algorithm, dtype, params.shape); floats > 0) {
@@ -101,9 +107,17 @@ void forward(Algorithm algorithm, c10::ScalarType dtype, ForwardParams params, c
 
 void backward(Algorithm algorithm, c10::ScalarType dtype, BackwardParams params,
               c10::Device device) {
-  check_plain(params, "general_backward");
   const c10::cuda::CUDAGuard device_guard(device);
   const auto stream = c10::cuda::getCurrentCUDAStream(device.index()).stream();
+  if (params.is_general) {
+    check_general_algorithm(algorithm, "general_backward");
+    const auto workspace = allocate_workspace(general_backward_workspace_floats(params), device);
+    params.workspace = workspace.mutable_data_ptr<float>();
+    dispatch_instance(dtype, params.shape, [&](auto element, auto head_dim) {
+      launch_general_backward<typename decltype(element)::type, head_dim()>(params, stream);
+    });
+    return;
+  }
   const bool is_v3 = resolve(algorithm, dtype, params) == Algorithm::kV3;
   const auto workspace = allocate_workspace(
       is_v3 ? v3::backward_workspace_floats(params)

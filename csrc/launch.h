@@ -24,6 +24,13 @@ void launch_forward_v2(const ForwardParams& params, CudaStream stream);
 template <typename Element, int kHeadDim>
 void launch_backward(const BackwardParams& params, CudaStream stream);
 
+// For params.is_general.
+template <typename Element, int kHeadDim>
+void launch_general_forward(const ForwardParams& params, CudaStream stream);
+
+template <typename Element, int kHeadDim>
+void launch_general_backward(const BackwardParams& params, CudaStream stream);
+
 // sm_90a only, 16-bit elements, and calls that v3::refusal() accepts.
 template <typename Element, int kHeadDim>
 void launch_forward_v3(const ForwardParams& params, CudaStream stream);
@@ -46,6 +53,9 @@ KernelPlan plan_forward_v1(const ForwardParams& params);
 
 template <typename Element, int kHeadDim>
 KernelPlan plan_forward_v2(const ForwardParams& params);
+
+template <typename Element, int kHeadDim>
+KernelPlan plan_general_forward(const ForwardParams& params);
 
 template <typename Element, int kHeadDim>
 KernelPlan plan_forward_v3(const ForwardParams& params);

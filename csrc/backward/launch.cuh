@@ -24,15 +24,16 @@ namespace backward {
 inline int64_t num_blocks(int64_t rows, int block) { return (rows + block - 1) / block; }
 
 // Calls `visit` with the first configuration that fits this GPU.
-template <typename Element, int kHeadDim, typename Visit, typename Shape, typename... Smaller>
+template <typename Element, int kHeadDim, template <typename, int, typename> typename ConfigOf,
+          typename Visit, typename Shape, typename... Smaller>
 void with_kv_config(ShapeList<Shape, Smaller...>, const AttentionShape& shape, Visit visit) {
-  using Config = KVConfig<Element, kHeadDim, Shape>;
+  using Config = ConfigOf<Element, kHeadDim, Shape>;
   constexpr int64_t kSmemBytes = sizeof(typename Config::SharedStorage);
   const int64_t limit = shared_memory_limit(shape);
   if (kSmemBytes <= limit) {
     visit(Config{});
   } else if constexpr (sizeof...(Smaller) > 0) {
-    with_kv_config<Element, kHeadDim>(ShapeList<Smaller...>{}, shape, visit);
+    with_kv_config<Element, kHeadDim, ConfigOf>(ShapeList<Smaller...>{}, shape, visit);
   } else {
     throw std::runtime_error("flash_ext.backward: dk and dv at this head_dim need " +
                              std::to_string(kSmemBytes) +
@@ -122,9 +123,10 @@ void launch_backward(const BackwardParams& params, CudaStream stream) {
                                      "the backward's row_stats kernel", params.shape);
   backward::launch_preprocess<Element, kHeadDim>(params, p, overlap, stream);
   if (params.dk.data != nullptr || params.dv.data != nullptr) {
-    backward::with_kv_config<Element, kHeadDim>(Shapes{}, params.shape, [&](auto config) {
-      backward::launch_kv<decltype(config)>(params, p, overlap, stream);
-    });
+    backward::with_kv_config<Element, kHeadDim, backward::KVConfig>(
+        Shapes{}, params.shape, [&](auto config) {
+          backward::launch_kv<decltype(config)>(params, p, overlap, stream);
+        });
   }
   if (params.dq.data != nullptr && !BackwardWorkspace::accumulates_dq(params)) {
     backward::launch_dq<backward::QConfig<Element, kHeadDim>>(params, p, overlap, stream);

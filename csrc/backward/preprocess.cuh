@@ -80,20 +80,17 @@ inline constexpr int kMeanRows = 512;
 inline constexpr int kMeanThreads = 512;
 inline constexpr float kSmallMean = 0.25f;  // of the root mean square
 
+// By a thread block of kMeanThreads.
 template <typename Element, int kHeadDim>
-__global__ void __launch_bounds__(kMeanThreads)
-    key_mean_kernel(const __grid_constant__ KernelParams p) {
-  ptx::griddepcontrol_launch_dependents();
+__device__ __forceinline__ void compute_key_mean(const sm80::GmemRows<const Element>& k,
+                                                 int num_keys, float* key_mean) {
   constexpr int kThreadsPerRow = kHeadDim / 8;
   constexpr int kRowGroups = kMeanThreads / kThreadsPerRow;
   __shared__ float2 partial[kRowGroups][kHeadDim];  // sums, and of squares
-  const int kv_head = static_cast<int>(blockIdx.x);
-  const auto k =
-      sm80::gmem_rows<const Element>(p.k, kv_head / p.heads_kv, kv_head % p.heads_kv, p.head_dim);
   const int col = threadIdx.x % kThreadsPerRow * 8;
   const int row_group = threadIdx.x / kThreadsPerRow;
-  const int step = ceil_div(p.mask.seqlen_k, kMeanRows);
-  const int num_rows = ceil_div(p.mask.seqlen_k, step);
+  const int step = ceil_div(num_keys, kMeanRows);
+  const int num_rows = ceil_div(num_keys, step);
   float2 sum[8] = {};
 #pragma unroll 8
   for (int i = row_group; i < num_rows; i += kRowGroups) {
@@ -118,8 +115,18 @@ __global__ void __launch_bounds__(kMeanThreads)
   const float mean = total.x / static_cast<float>(num_rows);
   const float mean_of_squares = total.y / static_cast<float>(num_rows);
   const bool is_small = mean * mean <= kSmallMean * kSmallMean * mean_of_squares;
-  p.key_mean[static_cast<int64_t>(kv_head) * kHeadDim + threadIdx.x] =
-      is_small ? 0.f : to_float(from_float<Element>(mean));
+  key_mean[threadIdx.x] = is_small ? 0.f : to_float(from_float<Element>(mean));
+}
+
+template <typename Element, int kHeadDim>
+__global__ void __launch_bounds__(kMeanThreads)
+    key_mean_kernel(const __grid_constant__ KernelParams p) {
+  ptx::griddepcontrol_launch_dependents();
+  const int kv_head = static_cast<int>(blockIdx.x);
+  const auto k =
+      sm80::gmem_rows<const Element>(p.k, kv_head / p.heads_kv, kv_head % p.heads_kv, p.head_dim);
+  compute_key_mean<Element, kHeadDim>(k, p.mask.seqlen_k,
+                                      p.key_mean + static_cast<int64_t>(kv_head) * kHeadDim);
   // Not for its own sake: the next kernel waits for this one alone.
   ptx::griddepcontrol_wait();
 }

@@ -205,6 +205,32 @@ struct OnlineSoftmax {
       }
     }
   }
+
+  // The same where a logit `sink` takes part in the softmax of every row (-inf: none does), and
+  // acc_o is multiplied by `out_factor` besides.
+  template <int kNO>
+  __device__ __forceinline__ void finalize(float (&acc_o)[kM][kNO][4], float scale_natural,
+                                           float sink, float out_factor) {
+#pragma unroll
+    for (int m = 0; m < kM; ++m) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float own_max = row_max[m][half] * scale_natural;
+        const float joint_max = fmaxf(own_max, sink);
+        const float base = guarded_max(joint_max);
+        const float own_factor = ptx::exp2_approx((own_max - base) * static_cast<float>(kLog2e));
+        const float sum = quad_sum(row_sum[m][half]) * own_factor +
+                          ptx::exp2_approx((sink - base) * static_cast<float>(kLog2e));
+        const float factor = inverse_sum(sum) * own_factor * out_factor;
+        row_max[m][half] = log_sum_exp(joint_max, sum);
+#pragma unroll
+        for (int n = 0; n < kNO; ++n) {
+          acc_o[m][n][2 * half] *= factor;
+          acc_o[m][n][2 * half + 1] *= factor;
+        }
+      }
+    }
+  }
 };
 
 }  // namespace flash_ext

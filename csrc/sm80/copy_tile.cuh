@@ -16,6 +16,11 @@ struct GmemRows {
   int64_t row_stride;  // in elements
   int num_cols;        // head_dim
   bool aligned16;      // rows may be read and written in 16-byte chunks
+
+  // The rows from `row` on: those of one packed sequence.
+  __device__ __forceinline__ GmemRows from(int64_t row) const {
+    return {data + row * row_stride, row_stride, num_cols, aligned16};
+  }
 };
 
 template <typename Element, typename View>

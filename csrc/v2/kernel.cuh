@@ -38,6 +38,27 @@ struct KernelParams {
   Divisor num_tiles;  // of one share
 };
 
+// What plain attention does to the scores of a K/V block; GeneralScores' counterpart.
+template <typename Config>
+struct PlainScores {
+  const KernelParams& p;
+  int m0;  // the query tile's first row
+  int n0;  // the block's first key
+
+  // `row`, `col`: the warp's first in the tile and the block.
+  template <int kM, int kN>
+  __device__ __forceinline__ void apply(float (&acc_s)[kM][kN][4], int row, int col,
+                                        int lane_idx) const {
+    p.scale.apply_sign(acc_s);
+    if (!block_is_full(p.mask, m0, n0, Config::kBlockN)) {
+      apply_mask(acc_s, p.mask, m0 + row + lane_idx / 4, n0 + col + lane_idx % 4 * 2);
+    }
+  }
+  __device__ __forceinline__ float scale_log2() const { return p.scale.log2; }
+  template <int kM, int kN>
+  __device__ __forceinline__ void drop(float (&)[kM][kN][4], int, int, int) const {}
+};
+
 // A warp's place in the tile and its state on the walk over K/V.
 template <typename Config>
 struct WarpTile {
@@ -62,11 +83,11 @@ struct WarpTile {
     sm80::clear(acc_o);
   }
 
-  // Steps 3 to 6 for the thread block's `n_block`-th K/V block, which begins at key n0, and the
-  // query tile at row m0. `load_next_k` is called where this block's K is read.
-  template <typename Load>
-  __device__ __forceinline__ void step(SharedStorage& smem, const KernelParams& p, int m0, int n0,
-                                       int n_block, Load load_next_k) {
+  // Steps 3 to 6 for the thread block's `n_block`-th K/V block. `load_next_k` is called where this
+  // block's K is read.
+  template <typename Scores, typename Load>
+  __device__ __forceinline__ void step(SharedStorage& smem, const Scores& scores, int n_block,
+                                       Load load_next_k) {
     const int key0 = key_group * Config::kWarpKeys;
     const int stage = n_block % Config::kStages;
     const int parity = n_block / Config::kStages & 1;
@@ -78,11 +99,9 @@ struct WarpTile {
     // Here, not between the exponentials and their product: ptxas then spills 80 bytes at d=64.
     ptx::mbarrier_wait(smem.v_full[stage], parity);
     sm80::warp_arrive(smem.k_read, lane_idx);
-    p.scale.apply_sign(acc_s);
-    if (!block_is_full(p.mask, m0, n0, Config::kBlockN)) {
-      apply_mask(acc_s, p.mask, m0 + row0 + lane_idx / 4, n0 + key0 + lane_idx % 4 * 2);
-    }
-    softmax.update(acc_s, acc_o, p.scale.log2);
+    scores.apply(acc_s, row0, key0, lane_idx);
+    softmax.update(acc_s, acc_o, scores.scale_log2());
+    scores.drop(acc_s, row0, key0, lane_idx);
     if constexpr (Config::kStages == 1) {
       ptx::mbarrier_wait(smem.k_read, parity);
       load_next_k();
@@ -139,10 +158,10 @@ struct WarpTile {
     }
   }
 
-  // Step 8: L to memory, O to shared memory in Q's place; each warp overwrites only its own rows.
-  __device__ __forceinline__ void finish(typename Config::SharedStorage& smem, float* lse, int m0,
-                                         int seqlen_q, float scale_natural) {
-    softmax.finalize(acc_o, scale_natural);
+  // Step 8, after the softmax is final: L to memory, O to shared memory in Q's place; each warp
+  // overwrites only its own rows.
+  __device__ __forceinline__ void store(typename Config::SharedStorage& smem, float* lse, int m0,
+                                        int seqlen_q) {
 #pragma unroll
     for (int m = 0; m < kM; ++m) {
 #pragma unroll
@@ -274,7 +293,8 @@ __global__ void __launch_bounds__(Config::kNumThreads, 1)
         load_v(n_block);
       }
       if (Config::kStages > 1) load_next_k();
-      warp.step(smem, p, m0, (first_block() + n_block) * kBlockN, n_block, load_next_k);
+      const PlainScores<Config> scores{p, m0, (first_block() + n_block) * kBlockN};
+      warp.step(smem, scores, n_block, load_next_k);
     }
   }
   if constexpr (Config::kKeyGroups > 1) warp.join_key_groups(smem, p.scale.log2);
@@ -287,8 +307,8 @@ __global__ void __launch_bounds__(Config::kNumThreads, 1)
     return;
   }
   if (warp.key_group == 0) {
-    warp.finish(smem, p.lse + static_cast<int64_t>(done.batch_head) * seqlen_q, done.m0, seqlen_q,
-                p.scale.natural);
+    warp.softmax.finalize(warp.acc_o, p.scale.natural);
+    warp.store(smem, p.lse + static_cast<int64_t>(done.batch_head) * seqlen_q, done.m0, seqlen_q);
   }
   __syncthreads();
   sm80::store_tile<kNumThreads, Config::kAligned>(
