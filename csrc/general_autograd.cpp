@@ -174,9 +174,9 @@ void backward_autograd(const c10::OperatorHandle&, Stack* stack) {
   torch::jit::drop(*stack, arguments.size());
   variable_list results;
   if (needs_gradient(t)) {
-    results = GeneralBackwardFunction::apply(t[0], t[1], t[2], t[3], t[4], t[5], none_or(t[6]),
-                                             none_or(t[7]), none_or(t[8]), none_or(t[9]), options,
-                                             needs);
+    results =
+        GeneralBackwardFunction::apply(t[0], t[1], t[2], t[3], t[4], t[5], none_or(t[6]),
+                                       none_or(t[7]), none_or(t[8]), none_or(t[9]), options, needs);
   } else {
     const at::AutoDispatchBelowADInplaceOrView guard;
     results = call_backward(t, options, needs);
@@ -184,8 +184,8 @@ void backward_autograd(const c10::OperatorHandle&, Stack* stack) {
   push(*stack, results);
 }
 
-// Under autocast q, k and v are cast to its dtype, as scaled_dot_product_attention does, and a float
-// mask with them; alibi_slopes and sinks are few and keep theirs where that is float32.
+// Under autocast q, k and v are cast to its dtype, as scaled_dot_product_attention does, and a
+// float mask with them; alibi_slopes and sinks are few and keep theirs where that is float32.
 template <c10::DeviceType kDevice, c10::DispatchKey kKey>
 void forward_autocast(const c10::OperatorHandle& op, Stack* stack) {
   const c10::impl::ExcludeDispatchKeyGuard guard(kKey);

@@ -111,6 +111,9 @@ def _check_general(q, k, v, mode, scale, algorithm, general):
     if general.get("dropout_p"):
         general.setdefault("rng_state", torch.zeros(2, dtype=torch.int64))
     given = {name: x for name, x in general.items() if x is not None}
+    for name, x in given.items():
+        if isinstance(x, torch.Tensor) and x.device != q.device:
+            raise RuntimeError(f"flash_ext.explain: {name} must be on {q.device} like q, got {x.device}")
     on_meta = {name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in given.items()}
     qkv = (x.to("meta") for x in (q, k, v))
     torch.ops.flash_ext.general_forward(*qkv, scale=scale, causal=mode, algorithm=algorithm, **on_meta)

@@ -1,5 +1,6 @@
 """The functions people call: thin layers over torch.ops.flash_ext.forward and general_forward."""
 
+import functools
 import inspect
 
 import torch
@@ -25,11 +26,8 @@ def causal_mode(causal):
 
 
 def flash_attention(
-    q, k, v, *, causal=False, scale=None, return_lse=False, algorithm="auto", deterministic=None,
-    attn_mask=None, window=None, alibi_slopes=None, softcap=0.0, sinks=None, dropout_p=0.0, rng_state=None,
-    seqlens_k=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None,
-    block_mask=None, block_size=128, validate=False,
-):  # fmt: skip
+    q, k, v, *, causal=False, scale=None, return_lse=False, algorithm="auto", deterministic=None, **general
+):
     """Exact attention, ``softmax(mask(scale * q @ k.T)) @ v``, in memory linear in the sequence length.
 
     Differentiable once in q, k and v, through `out` and through `lse`. Works under autocast (as
@@ -89,34 +87,59 @@ def flash_attention(
     Sources: FlashAttention, arXiv 2205.14135, Algorithm 1 (v1); FlashAttention-2, arXiv 2307.08691,
     Algorithms 1 (v2) and 2 (the gradients of all); FlashAttention-3, arXiv 2407.08608, Algorithm 2 (v3).
     """
-    # One comparison of all that are None by default: a plain call pays little for what it does not use.
-    if (
-        attn_mask is window is alibi_slopes is sinks is rng_state is seqlens_k is cu_seqlens_q is cu_seqlens_k
-        is max_seqlen_q is max_seqlen_k is block_mask is None
-        and not softcap and not dropout_p
-    ):  # fmt: skip
-        call, options = _forward, (scale, causal_mode(causal), algorithm, bool(deterministic))
-    else:
-        if dropout_p and rng_state is None:
-            rng_state = torch.randint(0, (1 << 63) - 1, (2,), device=q.device)
-        if attn_mask is not None:
-            attn_mask = as_4d(attn_mask, has_heads=q.dim() == 4 or cu_seqlens_q is not None)
-        call, options = _general_forward, (
-            attn_mask, alibi_slopes, sinks, rng_state, seqlens_k, cu_seqlens_q, cu_seqlens_k, block_mask,
-            block_size, max_seqlen_q, max_seqlen_k, (-1, -1) if window is None else window, softcap, dropout_p,
-            scale, causal_mode(causal), algorithm, bool(deterministic), validate,
+    if general:
+        return _general_attention(
+            q, k, v, causal=causal, scale=scale, return_lse=return_lse, algorithm=algorithm,
+            deterministic=deterministic, **general,
         )  # fmt: skip
-    if q.dim() == 3 and cu_seqlens_q is None:
-        if k.dim() != 3 or v.dim() != 3:
-            raise ValueError(
-                "flash_ext.flash_attention: k and v must have 3 dimensions like q, "
-                f"got {k.dim()} and {v.dim()}"
-            )
-        out, lse = call(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), *options)
-        out, lse = out.squeeze(1), lse.squeeze(1)
-    else:
-        out, lse = call(q, k, v, *options)
+    options = (scale, causal_mode(causal), algorithm, bool(deterministic))
+    out, lse = _call(_forward, q, k, v, *options) if q.dim() == 3 else _forward(q, k, v, *options)
     return (out, lse) if return_lse else out
+
+
+def _general_attention(
+    q, k, v, *, causal, scale, return_lse, algorithm, deterministic, attn_mask=None, window=None,
+    alibi_slopes=None, softcap=0.0, sinks=None, dropout_p=0.0, rng_state=None, seqlens_k=None,
+    cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, block_mask=None,
+    block_size=128, validate=False,
+):  # fmt: skip
+    has_heads = q.dim() == 4 or cu_seqlens_q is not None
+    given = (attn_mask, alibi_slopes, sinks, seqlens_k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    if not softcap and not dropout_p and window is block_mask is None and all(x is None for x in given):
+        return flash_attention(
+            q, k, v, causal=causal, scale=scale, return_lse=return_lse, algorithm=algorithm,
+            deterministic=deterministic,
+        )  # fmt: skip
+    if dropout_p and rng_state is None:
+        rng_state = torch.randint(0, (1 << 63) - 1, (2,), device=q.device)
+    if attn_mask is not None:
+        attn_mask = as_4d(attn_mask, has_heads)
+    call = _general_forward if has_heads else functools.partial(_call, _general_forward)
+    out, lse = call(
+        q, k, v, attn_mask, alibi_slopes, sinks, rng_state, seqlens_k, cu_seqlens_q, cu_seqlens_k, block_mask,
+        block_size, max_seqlen_q, max_seqlen_k, (-1, -1) if window is None else window, softcap, dropout_p, scale,
+        causal_mode(causal), algorithm, bool(deterministic), validate,
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
+
+
+def _with_all_arguments(function, without=()):
+    """Names the arguments of `_general_attention` in the signature of a function that passes them on."""
+    plain = inspect.signature(flash_attention, follow_wrapped=False).parameters.values()
+    general = inspect.signature(_general_attention).parameters.values()
+    names = {p.name: p for p in (*general, *plain) if p.name not in (*without, "general")}
+    function.__signature__ = inspect.Signature(names.values())
+    return function
+
+
+def _call(operator, q, k, v, *options):
+    """The operator on 3-D tensors, as of one head."""
+    if k.dim() != 3 or v.dim() != 3:
+        raise ValueError(
+            f"flash_ext.flash_attention: k and v must have 3 dimensions like q, got {k.dim()} and {v.dim()}"
+        )
+    out, lse = operator(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), *options)
+    return out.squeeze(1), lse.squeeze(1)
 
 
 def as_4d(mask, has_heads):
@@ -130,11 +153,9 @@ def _fix_algorithm(name, doc):
     def attention(q, k, v, **options):
         return flash_attention(q, k, v, algorithm=name, **options)
 
-    parameters = inspect.signature(flash_attention).parameters.values()
-    attention.__signature__ = inspect.Signature([p for p in parameters if p.name != "algorithm"])
     attention.__name__ = attention.__qualname__ = f"flash_attention_{name}"
     attention.__doc__ = doc
-    return attention
+    return _with_all_arguments(attention, without=("algorithm",))
 
 
 flash_attention_v1 = _fix_algorithm(
@@ -151,3 +172,4 @@ flash_attention_v3 = _fix_algorithm(
     float32, and for q, k or v whose rows do not begin at multiples of 16 bytes.
     """,
 )
+_with_all_arguments(flash_attention)

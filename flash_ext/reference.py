@@ -29,11 +29,11 @@ def attention_reference(
     """
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
-    features = dict(
-        causal=causal, scale=scale, attn_mask=attn_mask, window=window, alibi_slopes=alibi_slopes,
-        softcap=softcap, sinks=sinks, dropout_p=dropout_p, rng_state=rng_state, seqlens_k=seqlens_k,
-        block_mask=block_mask, block_size=block_size, dtype=dtype,
-    )  # fmt: skip
+    features = {
+        "causal": causal, "scale": scale, "attn_mask": attn_mask, "window": window, "alibi_slopes": alibi_slopes,
+        "softcap": softcap, "sinks": sinks, "dropout_p": dropout_p, "rng_state": rng_state,
+        "seqlens_k": seqlens_k, "block_mask": block_mask, "block_size": block_size, "dtype": dtype,
+    }  # fmt: skip
     if cu_seqlens_q is not None:
         return _packed(q, k, v, cu_seqlens_q.tolist(), cu_seqlens_k.tolist(), features)
     if q.dim() == 3:

@@ -162,6 +162,9 @@ class ErrorModel:
         rowsum_variance += (share * relative * (do_o.abs() + abs(dlse))).square()
         dq_variance = self._accumulation((ds2 + ds_variance + p2 * delta_variance) @ k2, ds @ self.k, seqlen_k)
         dq_variance += cap_variance @ k2
+        # A sink and a soft cap leave the rows a weight below 1, and by so much less is corrected.
+        weight = weights.sum(-1, keepdim=True)
+        dq_variance += ((1 - weight) * mean).square() * ds_variance.sum(-1, keepdim=True)
         dq_variance += rowsum_variance * self._accumulation(k2.sum(2, keepdim=True), key_sum, seqlen_k)
         for keys in (centred, self.k) if self.dtype == torch.float64 else (centred,):
             dq_variance += ds_variance @ keys.square() + delta_variance * (weights @ keys).square()

@@ -4,11 +4,11 @@ import math
 import random
 
 import torch
+from error_model import ErrorModel, ulp
+from numerics import assert_lse, assert_within, causal_argument, default_scale
 
 from flash_ext import attention_reference
 from flash_ext.philox import dropout_factor
-from numerics import assert_lse, assert_within, causal_argument, default_scale
-from error_model import ErrorModel, ulp
 
 FEATURES = ("bool_mask", "float_mask", "window", "alibi", "softcap", "sinks", "dropout", "block_mask")
 MASK_SHAPES = ("bhqk", "1hqk", "b1qk", "11qk", "b11k", "1h1k", "11q1", "bhq1", "1111")

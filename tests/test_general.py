@@ -305,7 +305,7 @@ def test_block_mask_from_flex():
 
     dense = torch.rand(1, 2, 3, 4) < 0.5
     counts = dense.sum(-1, dtype=torch.int32)
-    order = dense.int().argsort(-1, descending=True, stable=True).int()
+    order = torch.argsort(dense.int(), dim=-1, descending=True, stable=True).int()
     flex = BlockMask.from_kv_blocks(counts, order, BLOCK_SIZE=64, seq_lengths=(190, 256))
     converted = flash_ext.block_mask_from_flex(flex)
     assert converted["block_size"] == 64

@@ -10,10 +10,10 @@
 // in a fixed order, any number of heads keeps all threads busy, and a gradient nobody asked for
 // costs nothing.
 //
-// dQ is corrected for keys with a large mean. The sum of a row of dS is known: dL, and with a sink of
-// weight p_sink also p_sink * D; computed, it misses that by the rounding e of D from `out`. With e,
-// dQ misses e * sum_j p_j t_j k_j (t_j: the derivative of the soft cap, or 1), nearly
-// e * mean(K) * sum_j p_j t_j, which can be far larger than dQ itself. So that is taken off again.
+// dQ is corrected for keys with a large mean. The sum of a row of dS is known: dL, and with a sink
+// of weight p_sink also p_sink * D; computed, it misses that by the rounding e of D from `out`.
+// With e, dQ misses e * sum_j p_j t_j k_j (t_j: the derivative of the soft cap, or 1), nearly e *
+// mean(K) * sum_j p_j t_j, which can be far larger than dQ itself. So that is taken off again.
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
@@ -40,8 +40,8 @@ Tile<Accum<Scalar>> compute_key_mean(const BackwardSteps<Scalar>& s) {
       for (int key0 = 0; key0 < sequence.seqlen_k; key0 += s.block_n) {
         const int keys = std::min(s.block_n, sequence.seqlen_k - key0);
         s.load(s.params.k, batch_idx, i % s.shape.heads_kv, sequence.k_begin + key0, keys, k);
-        s.ops.gemm_tn(1, static_cast<int>(k.ld), keys, T{1}, weight.data(), 1, k.data(), k.ld,
-                     true, mean.row(i), mean.ld);
+        s.ops.gemm_tn(1, static_cast<int>(k.ld), keys, T{1}, weight.data(), 1, k.data(), k.ld, true,
+                      mean.row(i), mean.ld);
       }
     }
   });
@@ -57,7 +57,8 @@ void compute_dk_dv(const BackwardSteps<Scalar>& s) {
   const int64_t work = s.block_n * s.shape.seqlen_q * s.head_dim;
   at::parallel_for(0, s.key_tiles.size(), parallel_grain(work), [&](int64_t begin, int64_t end) {
     ScoreRule<T> rule(s.params.general, s.shape.heads_q);
-    typename BackwardSteps<Scalar>::KeyPass pass(s.block_m, s.block_n, s.head_dim, s.params.general);
+    typename BackwardSteps<Scalar>::KeyPass pass(s.block_m, s.block_n, s.head_dim,
+                                                 s.params.general);
     Tile<T> dk(s.block_n, s.head_dim), dv(s.block_n, s.head_dim);
     const int columns = static_cast<int>(dk.ld);
     for (int64_t i = begin; i < end; ++i) {
@@ -81,15 +82,15 @@ void compute_dk_dv(const BackwardSteps<Scalar>& s) {
           const ScoreTile tile{row0, rows, key0, keys, pass.scores.p.ld, 1};
           const Tile<T>& p = s.recompute_probabilities(rule, batch_idx, head_idx, tile, pass);
           if (needs_dv) {
-            s.ops.gemm_tn(keys, columns, rows, T{1}, p.data(), p.ld, pass.dout.data(),
-                         pass.dout.ld, true, dv.data(), dv.ld);
+            s.ops.gemm_tn(keys, columns, rows, T{1}, p.data(), p.ld, pass.dout.data(), pass.dout.ld,
+                          true, dv.data(), dv.ld);
           }
           if (!needs_dk) continue;
           s.recompute_score_gradients(rule, batch_idx, head_idx, tile, pass);
           Tile<T>& ds = pass.scores.ds;
           if (rule.has_softcap()) s.multiply(rows, pass.scores.cap, ds);
           s.ops.gemm_tn(keys, columns, rows, s.scale, ds.data(), ds.ld, pass.q.data(), pass.q.ld,
-                       true, dk.data(), dk.ld);
+                        true, dk.data(), dk.ld);
         }
       }
       const int64_t row = sequence.k_begin + key0;
@@ -145,12 +146,12 @@ void compute_dq(const BackwardSteps<Scalar>& s) {
         s.load(s.params.v, batch_idx, kv_head_idx, sequence.k_begin + key0, keys, v);
 
         s.ops.gemm_nn(keys, lanes, s.head_dim, s.scale, k.data(), k.ld, q_t.data(), q_t.ld, false,
-                     p_t.data(), p_t.ld);
+                      p_t.data(), p_t.ld);
         s.probabilities(rule, tile, keys, lanes, s.ops.probabilities_per_lane, lse.data(), scores);
         s.ops.gemm_nn(keys, lanes, s.head_dim, T{1}, v.data(), v.ld, dout_t.data(), dout_t.ld,
-                     false, ds_t.data(), ds_t.ld);
+                      false, ds_t.data(), ds_t.ld);
         s.score_gradients(rule, tile, keys, lanes, s.ops.score_gradients_per_lane, delta.data(),
-                        scores);
+                          scores);
         s.ops.add_lane_sums(keys, lanes, ds_t.data(), ds_t.ld, ds_sum.data());
         if (rule.has_softcap()) {
           s.multiply(keys, scores.cap, ds_t);
@@ -158,7 +159,7 @@ void compute_dq(const BackwardSteps<Scalar>& s) {
           s.ops.add_lane_sums(keys, lanes, p_t.data(), p_t.ld, cap_sum.data());
         }
         s.ops.gemm_tn(rows, static_cast<int>(dq.ld), keys, T{1}, ds_t.data(), ds_t.ld, k.data(),
-                     k.ld, true, dq.data(), dq.ld);
+                      k.ld, true, dq.data(), dq.ld);
       }
 
       const T* mean = key_mean.row(batch_idx * s.shape.heads_kv + kv_head_idx);

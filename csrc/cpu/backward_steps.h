@@ -46,19 +46,19 @@ struct BackwardSteps {
   void load(const TensorView& view, int64_t batch_idx, int64_t head_idx, int64_t row0, int rows,
             Tile<T>& tile) const {
     loads.load(rows, head_dim, row_pointer<Scalar>(view, batch_idx, head_idx, row0),
-                view.row_stride, tile.data(), tile.ld);
+               view.row_stride, tile.data(), tile.ld);
   }
 
   void load_transposed(const TensorView& view, int64_t batch_idx, int64_t head_idx, int64_t row0,
                        int rows, Tile<T>& tile) const {
     loads.load_transposed(rows, head_dim, row_pointer<Scalar>(view, batch_idx, head_idx, row0),
-                           view.row_stride, tile.data(), tile.ld);
+                          view.row_stride, tile.data(), tile.ld);
   }
 
   // Fills lse, and delta unless only dV is wanted.
   void compute_row_statistics() {
-    const bool needs_delta = params.dq.data != nullptr || params.dk.data != nullptr ||
-                             params.general_gradients.any();
+    const bool needs_delta =
+        params.dq.data != nullptr || params.dk.data != nullptr || params.general_gradients.any();
     const int64_t work = int64_t{block_m} * head_dim;
     at::parallel_for(0, query_tiles.size(), parallel_grain(work), [&](int64_t begin, int64_t end) {
       Tile<T> out(block_m, head_dim), dout(block_m, head_dim);
@@ -155,7 +155,7 @@ struct BackwardSteps {
     const int lanes = static_cast<int>(pass.k_t.ld);
     Tile<T>& p = pass.scores.p;
     ops.gemm_nn(tile.rows, lanes, head_dim, scale, pass.q.data(), pass.q.ld, pass.k_t.data(),
-                 pass.k_t.ld, false, p.data(), p.ld);
+                pass.k_t.ld, false, p.data(), p.ld);
     return probabilities(rule, tile, tile.rows, lanes, ops.probabilities_per_row,
                          &lse[row_index(sequence, batch_idx, head_idx, tile.row0)], pass.scores);
   }
@@ -165,8 +165,8 @@ struct BackwardSteps {
                                  const ScoreTile& tile, KeyPass& pass) const {
     const int lanes = static_cast<int>(pass.v_t.ld);
     Tile<T>& ds = pass.scores.ds;
-    ops.gemm_nn(tile.rows, lanes, head_dim, T{1}, pass.dout.data(), pass.dout.ld,
-                 pass.v_t.data(), pass.v_t.ld, false, ds.data(), ds.ld);
+    ops.gemm_nn(tile.rows, lanes, head_dim, T{1}, pass.dout.data(), pass.dout.ld, pass.v_t.data(),
+                pass.v_t.ld, false, ds.data(), ds.ld);
     score_gradients(rule, tile, tile.rows, lanes, ops.score_gradients_per_row,
                     &delta[row_index(rule.sequence(), batch_idx, head_idx, tile.row0)],
                     pass.scores);

@@ -44,10 +44,10 @@ class ForwardTile {
   void load_queries(int row0, int rows) {
     tile_.row0 = row0;
     tile_.rows = rows;
-    loads_.load_transposed(rows, head_dim_,
-                           row_pointer<Scalar>(params_.q, batch_idx_, head_idx_,
-                                               rule_.sequence().q_begin + row0),
-                           params_.q.row_stride, q_t_.data(), q_t_.ld);
+    loads_.load_transposed(
+        rows, head_dim_,
+        row_pointer<Scalar>(params_.q, batch_idx_, head_idx_, rule_.sequence().q_begin + row0),
+        params_.q.row_stride, q_t_.data(), q_t_.ld);
   }
 
   void load_keys_values(int key0, int keys) {
@@ -90,8 +90,8 @@ class ForwardTile {
 
   // acc_o += P V.
   void add_weighted_values(T* acc_o, int64_t ld) const {
-    ops_.gemm_tn(tile_.rows, static_cast<int>(ld), tile_.keys, T{1}, p_t_.data(), p_t_.ld, v_.data(), v_.ld,
-                 true, acc_o, ld);
+    ops_.gemm_tn(tile_.rows, static_cast<int>(ld), tile_.keys, T{1}, p_t_.data(), p_t_.ld,
+                 v_.data(), v_.ld, true, acc_o, ld);
   }
 
  private:
@@ -119,9 +119,9 @@ void divide_row(T* o, int head_dim, T row_sum) {
 template <typename T>
 void store_lse(const ForwardParams& params, const Sequence& sequence, int64_t batch_idx,
                int64_t head_idx, int row0, int rows, const T* row_max, const T* row_sum) {
-  T* lse = static_cast<T*>(params.lse) + params.general.sequences.lse_index(
-                                             sequence, batch_idx, head_idx, params.shape.heads_q,
-                                             row0);
+  T* lse =
+      static_cast<T*>(params.lse) +
+      params.general.sequences.lse_index(sequence, batch_idx, head_idx, params.shape.heads_q, row0);
   for (int i = 0; i < rows; ++i) lse[i] = log_sum_exp(row_max[i], row_sum[i]);
 }
 

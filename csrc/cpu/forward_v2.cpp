@@ -54,7 +54,8 @@ void forward_v2(const ForwardParams& params, TileShape tile) {
       }
 
       for (int r = 0; r < rows; ++r) divide_row(acc_o.row(r), head_dim, row_sum[r]);
-      store_rows<Scalar>(params.out, batch_idx, head_idx, sequence.q_begin + row0, rows, head_dim, acc_o);
+      store_rows<Scalar>(params.out, batch_idx, head_idx, sequence.q_begin + row0, rows, head_dim,
+                         acc_o);
       store_lse(params, sequence, batch_idx, head_idx, row0, rows, row_max.data(), row_sum.data());
     }
   });

@@ -67,8 +67,8 @@ T* row_pointer(const TensorView& view, int64_t batch_idx, int64_t head_idx, int6
 
 // Rounds the rows of a tile to Scalar and stores them from `row0` on.
 template <typename Scalar>
-void store_rows(const TensorView& view, int64_t batch_idx, int64_t head_idx, int64_t row0,
-                int rows, int columns, const Tile<Accum<Scalar>>& tile) {
+void store_rows(const TensorView& view, int64_t batch_idx, int64_t head_idx, int64_t row0, int rows,
+                int columns, const Tile<Accum<Scalar>>& tile) {
   for (int i = 0; i < rows; ++i) {
     const Accum<Scalar>* from = tile.row(i);
     Scalar* to = row_pointer<Scalar>(view, batch_idx, head_idx, row0 + i);
