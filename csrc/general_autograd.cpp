@@ -66,15 +66,29 @@ bool needs_gradient(at::ArrayRef<Tensor> tensors) {
          });
 }
 
+// Autograd takes no undefined tensors for arguments.
+using OptionalTensor = std::optional<Tensor>;
+
+OptionalTensor none_or(const Tensor& tensor) {
+  return tensor.defined() ? OptionalTensor(tensor) : std::nullopt;
+}
+
 class GeneralFunction : public torch::autograd::Function<GeneralFunction> {
  public:
   static variable_list forward(AutogradContext* ctx, const Tensor& q, const Tensor& k,
-                               const Tensor& v, const Tensor& attn_mask,
-                               const Tensor& alibi_slopes, const Tensor& sinks,
+                               const Tensor& v, const OptionalTensor& attn_mask,
+                               const OptionalTensor& alibi_slopes, const OptionalTensor& sinks,
                                const GeneralOptions& options) {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    auto results = call_forward({q, k, v, attn_mask, alibi_slopes, sinks}, options);
-    variable_list saved = {q, k, v, attn_mask, alibi_slopes, sinks, results[0], results[1]};
+    const Inputs inputs = {q,
+                           k,
+                           v,
+                           attn_mask.value_or(Tensor()),
+                           alibi_slopes.value_or(Tensor()),
+                           sinks.value_or(Tensor())};
+    auto results = call_forward(inputs, options);
+    variable_list saved(inputs.begin(), inputs.end());
+    saved.insert(saved.end(), results.begin(), results.end());
     for (Tensor& tensor : options.tensors()) saved.push_back(std::move(tensor));
     ctx->save_for_backward(std::move(saved));
     c10::List<c10::IValue> values(c10::AnyType::get());
@@ -92,7 +106,11 @@ class GeneralFunction : public torch::autograd::Function<GeneralFunction> {
     const auto& out = saved[6];
     const auto dout = grad_outputs[0].defined() ? grad_outputs[0] : at::zeros_like(out);
     c10::List<bool> needs;
-    for (size_t i = 0; i < 6; ++i) needs.push_back(ctx->needs_input_grad(i));
+    size_t edge = 0;  // autograd numbers the tensors that were given
+    for (int i = 0; i < 6; ++i) {
+      needs.push_back(saved[i].defined() && ctx->needs_input_grad(edge));
+      edge += saved[i].defined();
+    }
     std::vector<c10::IValue> values;
     for (const c10::IValue& value : ctx->saved_data["options"].toListRef()) values.push_back(value);
     const auto options = GeneralOptions::from(at::ArrayRef<Tensor>(saved).slice(8), values);
@@ -115,7 +133,8 @@ void forward_autograd(const c10::OperatorHandle&, Stack* stack) {
   variable_list results;
   if (needs_gradient(inputs)) {
     const auto& [q, k, v, attn_mask, alibi_slopes, sinks] = inputs;
-    results = GeneralFunction::apply(q, k, v, attn_mask, alibi_slopes, sinks, options);
+    results = GeneralFunction::apply(q, k, v, none_or(attn_mask), none_or(alibi_slopes),
+                                     none_or(sinks), options);
   } else {
     const at::AutoDispatchBelowADInplaceOrView guard;
     results = call_forward(inputs, options);
@@ -128,12 +147,15 @@ class GeneralBackwardFunction : public torch::autograd::Function<GeneralBackward
  public:
   static variable_list forward(AutogradContext*, const Tensor& dout, const Tensor& q,
                                const Tensor& k, const Tensor& v, const Tensor& out,
-                               const Tensor& lse, const Tensor& dlse, const Tensor& attn_mask,
-                               const Tensor& alibi_slopes, const Tensor& sinks,
-                               const GeneralOptions& options, const c10::IValue& needs) {
+                               const Tensor& lse, const OptionalTensor& dlse,
+                               const OptionalTensor& attn_mask, const OptionalTensor& alibi_slopes,
+                               const OptionalTensor& sinks, const GeneralOptions& options,
+                               const c10::IValue& needs) {
     const at::AutoDispatchBelowADInplaceOrView guard;
-    return call_backward({dout, q, k, v, out, lse, dlse, attn_mask, alibi_slopes, sinks}, options,
-                         needs);
+    return call_backward(
+        {dout, q, k, v, out, lse, dlse.value_or(Tensor()), attn_mask.value_or(Tensor()),
+         alibi_slopes.value_or(Tensor()), sinks.value_or(Tensor())},
+        options, needs);
   }
 
   static variable_list backward(AutogradContext*, const variable_list&) {
@@ -152,8 +174,9 @@ void backward_autograd(const c10::OperatorHandle&, Stack* stack) {
   torch::jit::drop(*stack, arguments.size());
   variable_list results;
   if (needs_gradient(t)) {
-    results = GeneralBackwardFunction::apply(t[0], t[1], t[2], t[3], t[4], t[5], t[6], t[7], t[8],
-                                             t[9], options, needs);
+    results =
+        GeneralBackwardFunction::apply(t[0], t[1], t[2], t[3], t[4], t[5], none_or(t[6]),
+                                       none_or(t[7]), none_or(t[8]), none_or(t[9]), options, needs);
   } else {
     const at::AutoDispatchBelowADInplaceOrView guard;
     results = call_backward(t, options, needs);
@@ -161,8 +184,8 @@ void backward_autograd(const c10::OperatorHandle&, Stack* stack) {
   push(*stack, results);
 }
 
-// Under autocast q, k and v are cast to its dtype, as scaled_dot_product_attention does, and a float
-// mask with them; alibi_slopes and sinks are few and keep theirs where that is float32.
+// Under autocast q, k and v are cast to its dtype, as scaled_dot_product_attention does, and a
+// float mask with them; alibi_slopes and sinks are few and keep theirs where that is float32.
 template <c10::DeviceType kDevice, c10::DispatchKey kKey>
 void forward_autocast(const c10::OperatorHandle& op, Stack* stack) {
   const c10::impl::ExcludeDispatchKeyGuard guard(kKey);

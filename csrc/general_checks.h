@@ -32,12 +32,16 @@ inline void check_lengths(const Argument& arg, const Argument& q, const c10::Sym
               arg.tensor.sym_stride(0));
 }
 
+inline void check_both_cu_seqlens(const char* op, const GeneralOptions& options) {
+  const bool has_q = options.cu_seqlens_q.defined();
+  TORCH_CHECK(has_q == options.cu_seqlens_k.defined(), "flash_ext.", op,
+              ": cu_seqlens_q and cu_seqlens_k must be given together, got ",
+              has_q ? "cu_seqlens_q" : "cu_seqlens_k", " alone");
+}
+
 inline GeneralSizes check_sequences(const char* op, const Argument& q, const Argument& k,
                                     const GeneralOptions& options) {
   const bool is_packed = options.is_packed();
-  TORCH_CHECK(!is_packed || (options.cu_seqlens_q.defined() && options.cu_seqlens_k.defined()),
-              "flash_ext.", op, ": cu_seqlens_q and cu_seqlens_k must be given together, got ",
-              options.cu_seqlens_q.defined() ? "cu_seqlens_q" : "cu_seqlens_k", " alone");
   check_max_seqlen(op, "max_seqlen_q", options.max_seqlen_q, is_packed);
   check_max_seqlen(op, "max_seqlen_k", options.max_seqlen_k, is_packed);
   GeneralSizes sizes{q.tensor.sym_size(0), q.tensor.sym_size(1), q.tensor.sym_size(2),
@@ -61,8 +65,8 @@ inline GeneralSizes check_sequences(const char* op, const Argument& q, const Arg
 // A small tensor of parameters or a mask: as precise as q, or float32.
 inline void check_dtype_like_or_float(const Argument& arg, const Argument& q, bool may_be_bool) {
   const auto dtype = arg.tensor.scalar_type();
-  const bool is_good = dtype == q.tensor.scalar_type() || dtype == at::kFloat ||
-                       (may_be_bool && dtype == at::kBool);
+  const bool is_good =
+      dtype == q.tensor.scalar_type() || dtype == at::kFloat || (may_be_bool && dtype == at::kBool);
   TORCH_CHECK(is_good, arg, " must have dtype ", may_be_bool ? "Bool, " : "",
               q.tensor.scalar_type(), " like q or Float, got ", dtype);
 }
@@ -84,13 +88,11 @@ inline void check_head_values(const Argument& arg, const Argument& q, const Gene
   check_same_device(arg, q);
   check_dtype_like_or_float(arg, q, /*may_be_bool=*/false);
   const auto& x = arg.tensor;
-  const bool is_good =
-      (x.dim() == 1 && x.sym_size(0) == sizes.heads_q) ||
-      (may_have_batch && x.dim() == 2 && x.sym_size(0) == sizes.batch &&
-       x.sym_size(1) == sizes.heads_q);
+  const bool is_good = (x.dim() == 1 && x.sym_size(0) == sizes.heads_q) ||
+                       (may_have_batch && x.dim() == 2 && x.sym_size(0) == sizes.batch &&
+                        x.sym_size(1) == sizes.heads_q);
   TORCH_CHECK(is_good, arg, " must have shape [heads]", may_have_batch ? " or [batch, heads]" : "",
-              " with ", sizes.heads_q, " heads", may_have_batch ? " like q" : " like q", ", got ",
-              x.sym_sizes());
+              " with ", sizes.heads_q, " heads", " like q, got ", x.sym_sizes());
 }
 
 inline void check_block_mask(const Argument& arg, const Argument& q, const GeneralSizes& sizes,
@@ -162,7 +164,7 @@ inline GeneralSizes check_general(const Argument& q, const Argument& k, const Ar
 inline void validate_cu_seqlens(const Argument& arg, int64_t total, int64_t max_seqlen) {
   const auto host = arg.tensor.to(at::kCPU);
   const int* cu = host.const_data_ptr<int>();
-  TORCH_CHECK(cu[0] == 0, arg, " must begin with 0, got ", cu[0]);
+  TORCH_CHECK(cu[0] >= 0, arg, " must begin with 0 or more, got ", cu[0]);
   for (int64_t i = 1; i < host.numel(); ++i) {
     TORCH_CHECK(cu[i] >= cu[i - 1], arg, " must not decrease, got ", cu[i - 1], " and ", cu[i],
                 " at ", i);
@@ -187,9 +189,8 @@ inline void validate_lengths(const char* op, const at::Tensor& q, const at::Tens
   const auto cu = options.is_packed() ? options.cu_seqlens_k.to(at::kCPU) : at::Tensor();
   for (int64_t i = 0; i < host.numel(); ++i) {
     const int length = host.const_data_ptr<int>()[i];
-    const int64_t limit = cu.defined()
-                              ? cu.const_data_ptr<int>()[i + 1] - cu.const_data_ptr<int>()[i]
-                              : k.size(2);
+    const int64_t limit =
+        cu.defined() ? cu.const_data_ptr<int>()[i + 1] - cu.const_data_ptr<int>()[i] : k.size(2);
     TORCH_CHECK(length >= 0 && length <= limit, "flash_ext.", op, ": seqlens_k must be 0 to ",
                 limit, ", the keys there are, got ", length, " at ", i);
   }

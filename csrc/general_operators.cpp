@@ -1,6 +1,6 @@
 // torch.ops.flash_ext.general_forward and general_backward: attention with masks, biases, windows,
-// sinks, dropout, packed sequences and block sparsity. They stand beside forward and backward, whose
-// schema stays short: torch's dispatcher charges for every argument of it, given or not.
+// sinks, dropout, packed sequences and block sparsity. They stand beside forward and backward,
+// whose schema stays short: torch's dispatcher charges for every argument of it, given or not.
 #include <ATen/Context.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -50,6 +50,7 @@ Inputs check_inputs(const char* op, at::ArrayRef<c10::IValue> qkv, at::ArrayRef<
                     at::ArrayRef<c10::IValue> options) {
   Inputs in{op};
   in.options = GeneralOptions::from(options);
+  check_both_cu_seqlens(op, in.options);
   in.q = with_batch({op, "q", qkv[0].toTensor()}, in.is_packed());
   in.k = with_batch({op, "k", qkv[1].toTensor()}, in.is_packed());
   in.v = with_batch({op, "v", qkv[2].toTensor()}, in.is_packed());
@@ -70,8 +71,8 @@ int64_t stride_or_0(const Tensor& tensor, int dim) {
 }
 
 ScoreTensor score_tensor(const Tensor& tensor) {
-  return {const_cast<void*>(tensor.const_data_ptr()), stride_or_0(tensor, 0), stride_or_0(tensor, 1),
-          stride_or_0(tensor, 2), stride_or_0(tensor, 3)};
+  return {const_cast<void*>(tensor.const_data_ptr()), stride_or_0(tensor, 0),
+          stride_or_0(tensor, 1), stride_or_0(tensor, 2), stride_or_0(tensor, 3)};
 }
 
 HeadTensor head_tensor(const Tensor& tensor) {
@@ -284,10 +285,10 @@ void general_backward(const c10::OperatorHandle&, Stack* stack) {
   }
   const std::array<Tensor, 3> others = {in.attn_mask, in.alibi_slopes, in.sinks};
   for (int i = 0; i < 3; ++i) {
-    gradients[3 + i] = is_wanted(others[i], b.needs[3 + i])
-                           ? at::zeros(others[i].sizes(),
-                                       in.q.options().dtype(lse_dtype(in.q.scalar_type())))
-                           : at::empty({0}, in.q.options());
+    gradients[3 + i] =
+        is_wanted(others[i], b.needs[3 + i])
+            ? at::zeros(others[i].sizes(), in.q.options().dtype(lse_dtype(in.q.scalar_type())))
+            : at::empty({0}, in.q.options());
   }
 
   if (!is_empty) {
@@ -328,8 +329,8 @@ TORCH_LIBRARY_FRAGMENT(flash_ext, m) {
   const std::string common =
       std::string("Tensor? attn_mask=None, Tensor? alibi_slopes=None, Tensor? sinks=None, ") +
       GeneralOptions::kSchema;
-  const auto forward = "general_forward(Tensor q, Tensor k, Tensor v, " + common +
-                       ") -> (Tensor out, Tensor lse)";
+  const auto forward =
+      "general_forward(Tensor q, Tensor k, Tensor v, " + common + ") -> (Tensor out, Tensor lse)";
   const auto backward =
       "general_backward(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
       "Tensor? dlse=None, " +

@@ -45,8 +45,8 @@ struct GeneralOptions {
   }
 
   std::vector<c10::IValue> values() const {
-    return {block_size, max_seqlen_q, max_seqlen_k,  window,   softcap, dropout_p,
-            scale,      causal,       algorithm,     deterministic, validate, tile};
+    return {block_size, max_seqlen_q, max_seqlen_k, window,        softcap,  dropout_p,
+            scale,      causal,       algorithm,    deterministic, validate, tile};
   }
 
   void push(torch::jit::Stack& stack) const;

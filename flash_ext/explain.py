@@ -6,7 +6,7 @@ import torch
 
 from flash_ext import cost
 from flash_ext.extension import _C
-from flash_ext.interface import causal_mode
+from flash_ext.interface import as_4d, causal_mode
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,15 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain(q, k, v, *, causal=False, scale=None, algorithm="auto"):
+def explain(q, k, v, *, causal=False, scale=None, algorithm="auto", **general):
     """Return an `Explanation` of ``flash_attention(q, k, v, ...)``, without running its kernel.
 
-    Takes the arguments of `flash_attention`, checks them by the same rules, and raises as it does.
+    Takes the arguments of `flash_attention`, checks them by the same rules, and raises as it does. `general`
+    are those beyond plain attention. FLOPs and memory traffic are then of the same call without them; packed
+    sequences are not explained.
     """
+    if general:
+        _check_general(q, k, v, causal_mode(causal), scale, algorithm, general)
     mode = causal_mode(causal)
     if q.dim() == 3:
         q, k, v = q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)
@@ -90,6 +94,29 @@ def explain(q, k, v, *, causal=False, scale=None, algorithm="auto"):
         hbm_bytes=sum(traffic),
         **plan,
     )
+
+
+def _check_general(q, k, v, mode, scale, algorithm, general):
+    if "cu_seqlens_q" in general or "cu_seqlens_k" in general:
+        raise ValueError("flash_ext.explain: cu_seqlens_q must not be given, got packed sequences")
+    if q.is_cuda:
+        raise RuntimeError(
+            f"flash_ext.explain: q must be on the CPU, whose kernels alone have {', '.join(general)}, "
+            f"got {q.device}"
+        )
+    if q.dim() == 3:
+        q, k, v = q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)
+    if general.get("attn_mask") is not None:
+        general["attn_mask"] = as_4d(general["attn_mask"], has_heads=True)
+    if general.get("dropout_p"):
+        general.setdefault("rng_state", torch.zeros(2, dtype=torch.int64))
+    given = {name: x for name, x in general.items() if x is not None}
+    for name, x in given.items():
+        if isinstance(x, torch.Tensor) and x.device != q.device:
+            raise RuntimeError(f"flash_ext.explain: {name} must be on {q.device} like q, got {x.device}")
+    on_meta = {name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in given.items()}
+    qkv = (x.to("meta") for x in (q, k, v))
+    torch.ops.flash_ext.general_forward(*qkv, scale=scale, causal=mode, algorithm=algorithm, **on_meta)
 
 
 def _reasons(q, k, v, asked, taken, v3_refusal):

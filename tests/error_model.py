@@ -47,6 +47,10 @@ class ErrorModel:
     lse: torch.Tensor  # reference, fp64
     visible: torch.Tensor
     scale: float
+    # Beyond plain attention: what is added to the scores, their soft cap, what dropout multiplies P by.
+    bias: torch.Tensor | float = 0.0
+    softcap: float = 0.0
+    dropout: torch.Tensor | float = 1.0
 
     def __post_init__(self):
         self.dtype = self.q.dtype
@@ -58,13 +62,24 @@ class ErrorModel:
         q, k, v = self.q.double(), _heads_of(self.k, heads), _heads_of(self.v, heads)
         self.q, self.k, self.v = q, k, v
 
-        scores = self.scale * (q @ k.mT)
+        products = self.scale * (q @ k.mT)
+        scores, self.cap = products, 1.0  # the soft cap's derivative
+        if self.softcap:
+            scores = self.softcap * torch.tanh(products / self.softcap)
+            self.cap = 1 - (scores / self.softcap).square()
+        scores = scores + self.bias
         lse = self.lse.masked_fill(self.lse == -math.inf, 0.0).unsqueeze(-1)
         self.p = torch.exp((scores - lse).masked_fill(~self.visible, -math.inf))
         # Relative error of P before it is rounded: the dot product, the rounding of exp's argument, exp.
-        dot = self._accumulation(self.scale**2 * (q.square() @ k.square().mT), scores, head_dim)
-        self.p_relative_variance = dot + self.eps**2 * ((scores.abs() + lse.abs()).square() + 4)
-        self.p_rounding = self._rounding(self.p) + self.underflow
+        dot = self._accumulation(self.scale**2 * (q.square() @ k.square().mT), products, head_dim)
+        terms = products.abs() * self.cap + scores.abs() + abs(self.bias) + lse.abs()
+        if not self.softcap and isinstance(self.bias, float):
+            terms = scores.abs() + lse.abs()
+        # tanh is right to an ulp of its own result.
+        dot = dot * self.cap**2 + (self.eps * self.softcap) ** 2
+        self.p_relative_variance = dot + self.eps**2 * (terms.square() + 4)
+        self.p_dropped = self.p * self.dropout
+        self.p_rounding = self._rounding(self.p_dropped) + self.underflow
 
     def _rounding(self, x):
         """Variance from rounding an operand of a matrix product; fp32 and fp64 are not rounded again."""
@@ -87,13 +102,14 @@ class ErrorModel:
         return (self.p.square() * self.p_relative_variance).sum(-1).sqrt()
 
     def out_sigma(self):
-        p2, v2 = self.p.square(), self.v.square()
+        p2, v2 = self.p_dropped.square(), self.v.square()
         variance = rounding_variance(self.out, self.dtype) + self.p_rounding @ v2
         variance += self._accumulation(p2 @ v2, self.out, self.k.shape[2])
         # Errors of the scores change numerator and row sum alike: only V - out counts.
-        weight = self.p_relative_variance * p2
-        out = self.out
-        spread = weight @ v2 - 2 * out * (weight @ self.v) + out.square() * weight.sum(-1, keepdim=True)
+        weight = self.p_relative_variance * self.p.square()
+        out, kept = self.out, self.dropout
+        spread = (weight * kept**2) @ v2 - 2 * out * ((weight * kept) @ self.v)
+        spread += out.square() * weight.sum(-1, keepdim=True)
         return (variance + spread.clamp(min=0)).sqrt()
 
     def gradient_sigmas(self, dout, dlse, dq, dk, dv):
@@ -104,20 +120,25 @@ class ErrorModel:
         dlse = 0.0 if dlse is None else dlse.double().unsqueeze(-1)
 
         do_o = (dout * self.out).sum(-1, keepdim=True)
-        do_v = dout @ self.v.mT
+        do_v = (dout @ self.v.mT) * self.dropout
         dp = do_v - (do_o - dlse)
         ds = self.p * dp
         ds2 = ds.square()
         # delta is taken from the computed out, with all errors that it has.
         delta_variance = (do2 * rounding_variance(self.out, self.dtype)).sum(-1, keepdim=True)
-        delta_variance += (self.p_rounding * do_v.square()).sum(-1, keepdim=True)
+        delta_variance += (self.p_rounding * (dout @ self.v.mT).square()).sum(-1, keepdim=True)
         delta_variance += (self.p_relative_variance * ds2).sum(-1, keepdim=True)
         delta_variance += self._accumulation(
             (do2 * self.out.square()).sum(-1, keepdim=True), do_o.abs() + abs(dlse), head_dim
         )
         ds_variance = self._rounding(ds) + self.p_relative_variance * ds2
         ds_variance += self.underflow * (1 + dp.square())
-        ds_variance += p2 * self._accumulation(do2 @ self.v.square().mT, do_v, head_dim)
+        ds_variance += p2 * self._accumulation((do2 @ self.v.square().mT) * self.dropout**2, do_v, head_dim)
+        self.ds, self.ds_variance = ds, ds_variance + p2 * delta_variance  # of what is added to the scores
+        # 1 - tanh^2 cancels where the cap is reached.
+        cap_variance = (4 * self.eps) ** 2 * ds2 if self.softcap else 0.0 * ds2
+        ds, ds2, ds_variance = ds * self.cap, ds2 * self.cap**2, ds_variance * self.cap**2 + cap_variance
+        p2, weights = p2 * self.cap**2, self.p * self.cap
         if self.q.is_cuda and head_dim > 128:
             # v3's warpgroups hand P on as an operand, rounded, and dS is computed from that.
             ds_variance += self.p_rounding * dp.square()
@@ -135,16 +156,25 @@ class ErrorModel:
             mean = mean.masked_fill(is_small, 0.0).to(self.dtype)
         centred = self.k - mean
         rowsum_variance = ds_variance.sum(-1, keepdim=True) + delta_variance
+        # A sink's share of the row, which the known sum is made with.
+        share = (1 - self.p.sum(-1, keepdim=True)) * (self.lse.unsqueeze(-1) != -math.inf)
+        relative = self.eps * (self.lse.unsqueeze(-1).abs().nan_to_num(posinf=0.0) + 4)
+        rowsum_variance += (share * relative * (do_o.abs() + abs(dlse))).square()
         dq_variance = self._accumulation((ds2 + ds_variance + p2 * delta_variance) @ k2, ds @ self.k, seqlen_k)
+        dq_variance += cap_variance @ k2
+        # A sink and a soft cap leave the rows a weight below 1, and by so much less is corrected.
+        weight = weights.sum(-1, keepdim=True)
+        dq_variance += ((1 - weight) * mean).square() * ds_variance.sum(-1, keepdim=True)
         dq_variance += rowsum_variance * self._accumulation(k2.sum(2, keepdim=True), key_sum, seqlen_k)
         for keys in (centred, self.k) if self.dtype == torch.float64 else (centred,):
-            dq_variance += ds_variance @ keys.square() + delta_variance * (self.p @ keys).square()
+            dq_variance += ds_variance @ keys.square() + delta_variance * (weights @ keys).square()
         dk_variance = (ds_variance + p2 * delta_variance).mT @ q2
         dk_variance += (self._lost(ds).mT @ self.q).square()
         dk_variance += self._accumulation(ds2.mT @ q2, ds.mT @ self.q, seqlen_q)
+        p, p2 = self.p_dropped, self.p_dropped.square()
         dv_variance = (self.p_rounding + self.p_relative_variance * p2).mT @ do2
-        dv_variance += (self._lost(self.p).mT @ dout).square()
-        dv_variance += self._accumulation(p2.mT @ do2, self.p.mT @ dout, seqlen_q)
+        dv_variance += (self._lost(p).mT @ dout).square()
+        dv_variance += self._accumulation(p2.mT @ do2, p.mT @ dout, seqlen_q)
 
         scale2 = self.scale**2
         variances = (

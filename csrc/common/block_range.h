@@ -41,9 +41,9 @@ FLASH_HOST_DEVICE bool block_is_full(const AnyMask& mask, int row0, int last_row
   return mask.key_begin(last_row) <= key0 && key0 + block_n <= mask.key_end(row0);
 }
 
-// The same from row0 on.
+// The same from row0 on, without a window.
 FLASH_HOST_DEVICE bool block_is_full(const Mask& mask, int row0, int key0, int block_n) {
-  return block_is_full(mask, row0, row0, key0, block_n);
+  return key0 + block_n <= mask.key_end(row0);
 }
 
 }  // namespace flash_ext

@@ -60,7 +60,8 @@ struct HeadTensor {
   }
 };
 
-// bool, one for each block of block_size x block_size scores; row and key of ScoreTensor are blocks.
+// bool, one for each block of block_size x block_size scores; row and key of ScoreTensor are
+// blocks.
 struct BlockMask : ScoreTensor {
   int block_size = 0;  // 64, 128 or 256
 
@@ -97,8 +98,8 @@ struct GeneralParams {
 };
 
 // What else the backward may be asked for; data == nullptr: not wanted. All in fp32 (fp64 for fp64
-// inputs) and zero before the launch, so that kernels may add. A stride of 0 is a dimension that the
-// gradient is summed over.
+// inputs) and zero before the launch, so that kernels may add. A stride of 0 is a dimension that
+// the gradient is summed over.
 struct GeneralGradients {
   ScoreTensor dmask;
   HeadTensor dslopes;

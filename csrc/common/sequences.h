@@ -32,21 +32,18 @@ struct Sequences {
   FLASH_HOST_DEVICE Sequence operator[](int64_t batch_idx) const {
     Sequence sequence{0, 0, max_seqlen_q, max_seqlen_k};
     if (is_packed()) {
-      sequence.seqlen_q =
-          slice(cu_seqlens_q, batch_idx, total_q, max_seqlen_q, &sequence.q_begin);
-      sequence.seqlen_k =
-          slice(cu_seqlens_k, batch_idx, total_k, max_seqlen_k, &sequence.k_begin);
+      sequence.seqlen_q = slice(cu_seqlens_q, batch_idx, total_q, max_seqlen_q, &sequence.q_begin);
+      sequence.seqlen_k = slice(cu_seqlens_k, batch_idx, total_k, max_seqlen_k, &sequence.k_begin);
     }
     if (seqlens_k != nullptr) {
-      sequence.seqlen_k =
-          static_cast<int>(clamp(seqlens_k[batch_idx], 0, sequence.seqlen_k));
+      sequence.seqlen_k = static_cast<int>(clamp(seqlens_k[batch_idx], 0, sequence.seqlen_k));
     }
     return sequence;
   }
 
   // Where lse (and what is laid out like it) has the number of a row.
-  FLASH_HOST_DEVICE int64_t lse_index(const Sequence& sequence, int64_t batch_idx,
-                                      int64_t head_idx, int64_t heads_q, int64_t row) const {
+  FLASH_HOST_DEVICE int64_t lse_index(const Sequence& sequence, int64_t batch_idx, int64_t head_idx,
+                                      int64_t heads_q, int64_t row) const {
     return is_packed() ? head_idx * total_q + sequence.q_begin + row
                        : (batch_idx * heads_q + head_idx) * max_seqlen_q + row;
   }

@@ -1,5 +1,5 @@
 // The step that both forward algorithms repeat, for one Q tile against one K/V block:
-//   S^T = scale * K Q^T, masked;  m' = max(m, rowmax S);  P = exp(S - m')
+//   S^T = scale * K Q^T, biased and masked;  m' = max(m, rowmax S);  P = exp(S - m')
 // S is kept transposed, one row per key and one lane per query. So K and V are used as they lie in
 // memory, only Q is transposed, and maxima and sums over keys run down the lanes: no vector is ever
 // reduced across, and the sum of P is taken in the order in which P V adds up.
@@ -8,9 +8,9 @@
 #include <algorithm>
 #include <cmath>
 
-#include "common/block_range.h"
 #include "common/softmax_math.h"
 #include "cpu/attention.h"
+#include "cpu/score_rule.h"
 #include "cpu/tile.h"
 
 namespace flash_ext::cpu {
@@ -22,6 +22,7 @@ class ForwardTile {
 
   ForwardTile(const ForwardParams& params, int block_m, int block_n)
       : params_(params),
+        rule_(params.general, params.shape.heads_q),
         head_dim_(static_cast<int>(params.shape.head_dim)),
         scale_(static_cast<T>(params.softmax_scale)),
         q_t_(head_dim_, block_m),
@@ -32,39 +33,49 @@ class ForwardTile {
         rescale_(block_m),
         block_sum_(block_m) {}
 
-  void load_queries(int64_t batch_idx, int64_t head_idx, int row0, int rows) {
-    row0_ = row0;
-    rows_ = rows;
-    loads_.load_transposed(rows, head_dim_,
-                           row_pointer<Scalar>(params_.q, batch_idx, head_idx, row0),
-                           params_.q.row_stride, q_t_.data(), q_t_.ld);
+  // The head that everything is of from here on.
+  const ScoreRule<T>& select(int64_t batch_idx, int64_t head_idx) {
+    rule_.select(batch_idx, head_idx);
+    batch_idx_ = batch_idx;
+    head_idx_ = head_idx;
+    return rule_;
   }
 
-  void load_keys_values(int64_t batch_idx, int64_t kv_head_idx, int key0, int keys) {
-    key0_ = key0;
-    keys_ = keys;
-    loads_.load(keys, head_dim_, row_pointer<Scalar>(params_.k, batch_idx, kv_head_idx, key0),
+  void load_queries(int row0, int rows) {
+    tile_.row0 = row0;
+    tile_.rows = rows;
+    loads_.load_transposed(
+        rows, head_dim_,
+        row_pointer<Scalar>(params_.q, batch_idx_, head_idx_, rule_.sequence().q_begin + row0),
+        params_.q.row_stride, q_t_.data(), q_t_.ld);
+  }
+
+  void load_keys_values(int key0, int keys) {
+    tile_.key0 = key0;
+    tile_.keys = keys;
+    const int64_t kv_head_idx = head_idx_ / params_.shape.group_size();
+    const int64_t row = rule_.sequence().k_begin + key0;
+    loads_.load(keys, head_dim_, row_pointer<Scalar>(params_.k, batch_idx_, kv_head_idx, row),
                 params_.k.row_stride, k_.data(), k_.ld);
-    loads_.load(keys, head_dim_, row_pointer<Scalar>(params_.v, batch_idx, kv_head_idx, key0),
+    loads_.load(keys, head_dim_, row_pointer<Scalar>(params_.v, batch_idx_, kv_head_idx, row),
                 params_.v.row_stride, v_.data(), v_.ld);
   }
 
   // Computes P of the loaded tiles and raises row_max to the new maxima.
   void update_probabilities(T* row_max) {
     const int lanes = static_cast<int>(q_t_.ld);
-    ops_.gemm_nn(keys_, lanes, head_dim_, scale_, k_.data(), k_.ld, q_t_.data(), q_t_.ld, false,
-                 p_t_.data(), p_t_.ld);
-    if (!block_is_full(params_.mask, row0_, key0_, keys_)) {
-      mask_scores(params_.mask, row0_, rows_, key0_, keys_, p_t_.data(), 1, p_t_.ld);
-    }
+    ops_.gemm_nn(tile_.keys, lanes, head_dim_, scale_, k_.data(), k_.ld, q_t_.data(), q_t_.ld,
+                 false, p_t_.data(), p_t_.ld);
+    rule_.apply(tile_, p_t_.data());
     std::copy_n(row_max, lanes, rescale_.data());
-    ops_.update_lane_max(keys_, lanes, p_t_.data(), p_t_.ld, row_max);
+    ops_.update_lane_max(tile_.keys, lanes, p_t_.data(), p_t_.ld, row_max);
     for (int i = 0; i < lanes; ++i) {
       shift_[i] = guarded_max(row_max[i]);
       rescale_[i] -= shift_[i];
     }
     ops_.exp(lanes, rescale_.data());
-    ops_.exp_and_sum(keys_, lanes, p_t_.data(), p_t_.ld, shift_.data(), block_sum_.data());
+    ops_.exp_and_sum(tile_.keys, lanes, p_t_.data(), p_t_.ld, shift_.data(), block_sum_.data());
+    if (rule_.has_dropout()) rule_.drop(tile_, p_t_.data());
   }
 
   // exp(m - m') of each query, by which what was summed before this block shrinks.
@@ -74,24 +85,25 @@ class ForwardTile {
   const Lanes<T>& block_sum() const { return block_sum_; }
 
   void scale_output(const T* factor, T* acc_o, int64_t ld) const {
-    ops_.scale_rows(rows_, static_cast<int>(ld), factor, acc_o, ld);
+    ops_.scale_rows(tile_.rows, static_cast<int>(ld), factor, acc_o, ld);
   }
 
   // acc_o += P V.
   void add_weighted_values(T* acc_o, int64_t ld) const {
-    ops_.gemm_tn(rows_, static_cast<int>(ld), keys_, T{1}, p_t_.data(), p_t_.ld, v_.data(), v_.ld,
-                 true, acc_o, ld);
+    ops_.gemm_tn(tile_.rows, static_cast<int>(ld), tile_.keys, T{1}, p_t_.data(), p_t_.ld,
+                 v_.data(), v_.ld, true, acc_o, ld);
   }
 
  private:
   const ForwardParams& params_;
+  ScoreRule<T> rule_;
   const TileOps<T>& ops_ = tile_ops<T>();
   const TileLoads<Scalar>& loads_ = tile_loads<Scalar>();
   const int head_dim_;
   const T scale_;
-  int row0_ = 0, rows_ = 0;  // the loaded queries
-  int key0_ = 0, keys_ = 0;  // the loaded keys
+  int64_t batch_idx_ = 0, head_idx_ = 0;
   Tile<T> q_t_, k_, v_, p_t_;
+  ScoreTile tile_{0, 0, 0, 0, 1, p_t_.ld};  // the loaded queries and keys
   Lanes<T> shift_, rescale_, block_sum_;
 };
 
@@ -103,14 +115,21 @@ void divide_row(T* o, int head_dim, T row_sum) {
   for (int c = 0; c < head_dim; ++c) o[c] /= row_sum;
 }
 
-// Rows [row0, row0 + rows) of the log-sum-exp tensor.
+// Rows [row0, row0 + rows) of a sequence in the log-sum-exp tensor.
 template <typename T>
-void store_lse(const ForwardParams& params, int64_t batch_idx, int64_t head_idx, int row0, int rows,
-               const T* row_max, const T* row_sum) {
-  const AttentionShape& shape = params.shape;
+void store_lse(const ForwardParams& params, const Sequence& sequence, int64_t batch_idx,
+               int64_t head_idx, int row0, int rows, const T* row_max, const T* row_sum) {
   T* lse =
-      static_cast<T*>(params.lse) + (batch_idx * shape.heads_q + head_idx) * shape.seqlen_q + row0;
+      static_cast<T*>(params.lse) +
+      params.general.sequences.lse_index(sequence, batch_idx, head_idx, params.shape.heads_q, row0);
   for (int i = 0; i < rows; ++i) lse[i] = log_sum_exp(row_max[i], row_sum[i]);
+}
+
+// m and l before the first key: of the sink alone, or of nothing.
+template <typename T>
+void begin_rows(T sink, Lanes<T>* row_max, Lanes<T>* row_sum) {
+  row_max->fill(sink);
+  row_sum->fill(sink == static_cast<T>(-INFINITY) ? T{0} : T{1});
 }
 
 }  // namespace flash_ext::cpu

@@ -24,34 +24,36 @@ template <typename Scalar>
 void forward_v1(const ForwardParams& params, TileShape tile) {
   using T = Accum<Scalar>;
   const AttentionShape& shape = params.shape;
-  const int seqlen_q = params.mask.seqlen_q;
+  const int max_seqlen_q = static_cast<int>(shape.seqlen_q);
   const int block_m = clipped_block(tile.block_m, shape.seqlen_q);
   const int block_n = clipped_block(tile.block_n, shape.seqlen_k);
   const int head_dim = static_cast<int>(shape.head_dim);
-  const TileList heads{shape.batch, shape.heads_q, seqlen_q, std::max(seqlen_q, 1)};
+  const TileList heads{shape.batch, shape.heads_q, max_seqlen_q, std::max(max_seqlen_q, 1)};
   const int64_t work = shape.seqlen_q * shape.seqlen_k * head_dim;
 
   at::parallel_for(0, heads.size(), parallel_grain(work), [&](int64_t begin, int64_t end) {
     ForwardTile<Scalar> step(params, block_m, block_n);
-    Tile<T> o(seqlen_q, head_dim);
-    Lanes<T> row_max(seqlen_q), row_sum(seqlen_q);
+    Tile<T> o(max_seqlen_q, head_dim);
+    Lanes<T> row_max(max_seqlen_q), row_sum(max_seqlen_q);
     Lanes<T> tile_max(block_m), factor(block_m);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t batch_idx = heads[i].batch_idx;
       const int64_t head_idx = heads[i].head_idx;
-      const int64_t kv_head_idx = head_idx / shape.group_size();
+      const ScoreRule<T>& rule = step.select(batch_idx, head_idx);
+      const Sequence& sequence = rule.sequence();
+      const int seqlen_q = sequence.seqlen_q;
       o.fill(T{0});
-      row_sum.fill(T{0});
-      row_max.fill(-INFINITY);
+      begin_rows(rule.sink(), &row_max, &row_sum);
 
-      for (int key0 = 0; key0 < params.mask.seqlen_k; key0 += block_n) {
-        const int keys = std::min(block_n, params.mask.seqlen_k - key0);
-        step.load_keys_values(batch_idx, kv_head_idx, key0, keys);
-        const BlockRange blocks = query_blocks(params.mask, key0, block_m);
+      for (int key0 = 0; key0 < sequence.seqlen_k; key0 += block_n) {
+        const int keys = std::min(block_n, sequence.seqlen_k - key0);
+        step.load_keys_values(key0, keys);
+        const BlockRange blocks = query_blocks(rule.band(), key0, key0 + keys - 1, block_m);
         for (int m_block = blocks.begin; m_block < blocks.end; ++m_block) {
           const int row0 = m_block * block_m;
           const int rows = std::min(block_m, seqlen_q - row0);
-          step.load_queries(batch_idx, head_idx, row0, rows);
+          if (rule.hides(row0, rows, key0, keys)) continue;
+          step.load_queries(row0, rows);
           std::copy_n(&row_max[row0], rows, tile_max.data());
           step.update_probabilities(tile_max.data());
           std::copy_n(tile_max.data(), rows, &row_max[row0]);
@@ -66,8 +68,8 @@ void forward_v1(const ForwardParams& params, TileShape tile) {
         }
       }
 
-      store_rows<Scalar>(params.out, batch_idx, head_idx, 0, seqlen_q, head_dim, o);
-      store_lse(params, batch_idx, head_idx, 0, seqlen_q, row_max.data(), row_sum.data());
+      store_rows<Scalar>(params.out, batch_idx, head_idx, sequence.q_begin, seqlen_q, head_dim, o);
+      store_lse(params, sequence, batch_idx, head_idx, 0, seqlen_q, row_max.data(), row_sum.data());
     }
   });
 }

@@ -2,7 +2,7 @@
 //   for each batch, head and Q tile (in parallel):
 //     O = 0, l = 0, m = -inf
 //     for each K/V block with a key that the tile sees:
-//       S = scale * Q K^T, masked; m' = max(m, rowmax S); P = exp(S - m')
+//       S = scale * Q K^T, biased and masked; m' = max(m, rowmax S); P = exp(S - m')
 //       l = exp(m - m') l + rowsum P
 //       O = exp(m - m') O + P V           unnormalised
 //     out = O / l, LSE = m + log l
@@ -21,7 +21,7 @@ void forward_v2(const ForwardParams& params, TileShape tile) {
   const int block_m = clipped_block(tile.block_m, shape.seqlen_q);
   const int block_n = clipped_block(tile.block_n, shape.seqlen_k);
   const int head_dim = static_cast<int>(shape.head_dim);
-  const TileList query_tiles{shape.batch, shape.heads_q, params.mask.seqlen_q, block_m};
+  const TileList query_tiles{shape.batch, shape.heads_q, static_cast<int>(shape.seqlen_q), block_m};
   const int64_t work = block_m * shape.seqlen_k * head_dim;
 
   at::parallel_for(0, query_tiles.size(), parallel_grain(work), [&](int64_t begin, int64_t end) {
@@ -29,18 +29,22 @@ void forward_v2(const ForwardParams& params, TileShape tile) {
     Tile<T> acc_o(block_m, head_dim);
     Lanes<T> row_max(block_m), row_sum(block_m);
     for (int64_t i = begin; i < end; ++i) {
-      const auto [batch_idx, head_idx, row0, rows] = query_tiles[i];
-      const int64_t kv_head_idx = head_idx / shape.group_size();
-      step.load_queries(batch_idx, head_idx, row0, rows);
+      const auto [batch_idx, head_idx, row0, rows_of_longest] = query_tiles[i];
+      const ScoreRule<T>& rule = step.select(batch_idx, head_idx);
+      const Sequence& sequence = rule.sequence();
+      const int rows = std::min(rows_of_longest, sequence.seqlen_q - row0);
+      if (rows <= 0) continue;
+      step.load_queries(row0, rows);
       acc_o.fill(T{0});
-      row_sum.fill(T{0});
-      row_max.fill(-INFINITY);
+      begin_rows(rule.sink(), &row_max, &row_sum);
 
-      const BlockRange blocks = key_blocks(params.mask, row0, block_m, block_n);
-      const int key_end = params.mask.key_end(row0 + rows - 1);
+      const BlockRange blocks = key_blocks(rule.band(), row0, block_m, block_n);
+      const int key_end = rule.band().key_end(row0 + rows - 1);
       for (int n_block = blocks.begin; n_block < blocks.end; ++n_block) {
         const int key0 = n_block * block_n;
-        step.load_keys_values(batch_idx, kv_head_idx, key0, std::min(block_n, key_end - key0));
+        const int keys = std::min(block_n, key_end - key0);
+        if (rule.hides(row0, rows, key0, keys)) continue;
+        step.load_keys_values(key0, keys);
         step.update_probabilities(row_max.data());
         for (int r = 0; r < rows; ++r) {
           row_sum[r] = row_sum[r] * step.rescale()[r] + step.block_sum()[r];
@@ -50,8 +54,9 @@ void forward_v2(const ForwardParams& params, TileShape tile) {
       }
 
       for (int r = 0; r < rows; ++r) divide_row(acc_o.row(r), head_dim, row_sum[r]);
-      store_rows<Scalar>(params.out, batch_idx, head_idx, row0, rows, head_dim, acc_o);
-      store_lse(params, batch_idx, head_idx, row0, rows, row_max.data(), row_sum.data());
+      store_rows<Scalar>(params.out, batch_idx, head_idx, sequence.q_begin + row0, rows, head_dim,
+                         acc_o);
+      store_lse(params, sequence, batch_idx, head_idx, row0, rows, row_max.data(), row_sum.data());
     }
   });
 }

@@ -59,10 +59,11 @@ class ScoreRule {
   T sink() const { return sink_; }
 
   // Whether block_mask hides the whole tile.
-  bool hides(const ScoreTile& tile) const {
+  bool hides(int row0, int rows, int key0, int keys) const {
     if (general_.block_mask.data == nullptr) return false;
     bool is_on = false;
-    for_each_block(tile, [&](int, int, int, int, bool block_is_on) { is_on |= block_is_on; });
+    for_each_block({row0, rows, key0, keys, 0, 0},
+                   [&](int, int, int, int, bool block_is_on) { is_on |= block_is_on; });
     return !is_on;
   }
 

@@ -67,7 +67,7 @@ T* row_pointer(const TensorView& view, int64_t batch_idx, int64_t head_idx, int6
 
 // Rounds the rows of a tile to Scalar and stores them from `row0` on.
 template <typename Scalar>
-void store_rows(const TensorView& view, int64_t batch_idx, int64_t head_idx, int row0, int rows,
+void store_rows(const TensorView& view, int64_t batch_idx, int64_t head_idx, int64_t row0, int rows,
                 int columns, const Tile<Accum<Scalar>>& tile) {
   for (int i = 0; i < rows; ++i) {
     const Accum<Scalar>* from = tile.row(i);
@@ -111,19 +111,6 @@ struct TileList {
 inline int64_t parallel_grain(int64_t work) {
   constexpr int64_t kMinWork = 1 << 18;
   return work >= kMinWork ? 1 : kMinWork / (work + 1);
-}
-
-// Sets the scores of keys that a query may not see to -inf. Score (query i, key j) of the tile at
-// (row0, key0) is at scores[i * query_stride + j * key_stride].
-template <typename T>
-void mask_scores(const Mask& mask, int row0, int queries, int key0, int keys, T* scores,
-                 int64_t query_stride, int64_t key_stride) {
-  for (int i = 0; i < queries; ++i) {
-    const int visible = mask.key_end(row0 + i) - key0;
-    for (int j = visible < 0 ? 0 : visible; j < keys; ++j) {
-      scores[i * query_stride + j * key_stride] = -INFINITY;
-    }
-  }
 }
 
 // A tile block never needs to be larger than the sequence.

@@ -1,0 +1,178 @@
+"""Arguments beyond plain attention for the tests: random ones, and what they mean score by score."""
+
+import math
+import random
+
+import torch
+from error_model import ErrorModel, ulp
+from numerics import assert_lse, assert_within, causal_argument, default_scale
+
+from flash_ext import attention_reference
+from flash_ext.philox import dropout_factor
+
+FEATURES = ("bool_mask", "float_mask", "window", "alibi", "softcap", "sinks", "dropout", "block_mask")
+MASK_SHAPES = ("bhqk", "1hqk", "b1qk", "11qk", "b11k", "1h1k", "11q1", "bhq1", "1111")
+GRADIENTS = ("dq", "dk", "dv", "attn_mask", "alibi_slopes", "sinks")
+
+
+def draw_mask_shape(rng, shape):
+    sizes = {"b": shape.batch, "h": shape.heads, "q": shape.seqlen_q, "k": shape.seqlen_k, "1": 1}
+    return [sizes[letter] for letter in rng.choice(MASK_SHAPES)]
+
+
+def draw_feature(name, rng, shape, dtype):
+    """The arguments of one feature."""
+    accumulated = torch.float64 if dtype == torch.float64 else torch.float32
+    if name == "bool_mask":
+        return {"attn_mask": torch.rand(draw_mask_shape(rng, shape)) < rng.choice([0.1, 0.5, 0.9])}
+    if name == "float_mask":
+        mask = torch.randn(draw_mask_shape(rng, shape)).to(rng.choice([dtype, accumulated]))
+        return {"attn_mask": mask.masked_fill(torch.rand(mask.shape) < rng.choice([0, 0.3]), -math.inf)}
+    if name == "window":
+        return {"window": (rng.choice([-1, 0, 1, 7, 30]), rng.choice([-1, 0, 2, 20]))}
+    if name == "alibi":
+        sizes = rng.choice([(shape.heads,), (shape.batch, shape.heads)])
+        return {"alibi_slopes": torch.rand(sizes, dtype=accumulated) * rng.choice([0.05, 0.5])}
+    if name == "softcap":
+        return {"softcap": rng.choice([0.5, 2.0, 30.0])}
+    if name == "sinks":
+        return {"sinks": (2 * torch.randn(shape.heads, dtype=accumulated)).to(rng.choice([dtype, accumulated]))}
+    if name == "dropout":
+        return {"dropout_p": rng.choice([0.1, 0.5, 0.9]), "rng_state": torch.randint(0, 1 << 62, (2,))}
+    size = rng.choice([64, 128, 256])
+    blocks = (-(-shape.seqlen_q // size), -(-shape.seqlen_k // size))
+    sizes = (rng.choice([1, shape.batch]), rng.choice([1, shape.heads]), *blocks)
+    return {"block_mask": torch.rand(sizes) < 0.6, "block_size": size}
+
+
+def draw_features(rng, shape, dtype, names=None):
+    if names is None:
+        names = rng.sample(FEATURES, rng.randint(1, 4))
+    torch.manual_seed(rng.randrange(1 << 30))
+    features = {}
+    for name in names:
+        features |= draw_feature(name, rng, shape, dtype)
+    return features
+
+
+def call(q, k, v, features, *, algorithm="v2", causal="none", scale=None, tile=(16, 16)):
+    features = dict(features)
+    return torch.ops.flash_ext.general_forward(
+        q, k, v, algorithm=algorithm, causal=causal, scale=scale, tile=tile, **features
+    )
+
+
+def dense_meaning(q, k, features, causal):
+    """(visible, bias, dropout) as the error model takes them."""
+    batch, heads, seqlen_q, _ = q.shape
+    seqlen_k = k.shape[2]
+    diagonal = 0 if causal == "top_left" else seqlen_k - seqlen_q
+    distance = torch.arange(seqlen_q)[:, None] + diagonal - torch.arange(seqlen_k)
+    left, right = features.get("window", (-1, -1))
+    visible = torch.ones(batch, heads, seqlen_q, seqlen_k, dtype=torch.bool)
+    if left >= 0:
+        visible &= distance <= left
+    if right >= 0 or causal != "none":
+        visible &= distance >= -(0 if causal != "none" else right)
+    bias = torch.zeros(batch, heads, seqlen_q, seqlen_k, dtype=torch.float64)
+    mask = features.get("attn_mask")
+    if mask is not None and mask.dtype == torch.bool:
+        visible &= mask
+    elif mask is not None:
+        visible &= mask != -math.inf
+        bias += mask.double().masked_fill(mask == -math.inf, 0)
+    if "alibi_slopes" in features:
+        bias -= features["alibi_slopes"].double()[..., None, None] * distance.abs()
+    if "block_mask" in features:
+        size = features["block_size"]
+        blocks = features["block_mask"].repeat_interleave(size, 2).repeat_interleave(size, 3)
+        visible &= blocks[..., :seqlen_q, :seqlen_k]
+    dropout = 1.0
+    if "dropout_p" in features:
+        p, state = features["dropout_p"], features["rng_state"]
+        dropout = dropout_factor(p, state, batch, heads, range(seqlen_q), seqlen_k)
+    return visible, bias, dropout
+
+
+def reduce_to(x, shape):
+    """Sums over the dimensions that `shape` has 1 in."""
+    for dim in range(4):
+        x = x.sum(dim, keepdim=True) if shape[dim] == 1 else x
+    return x
+
+
+def check_call(q, k, v, dout, dlse, features, *, algorithm="v2", causal="none", scale=None, tile=(16, 16)):
+    """Forward and every gradient, by the gates of numerics.py."""
+    names = [name for name in ("attn_mask", "alibi_slopes", "sinks") if name in features]
+    names = [name for name in names if features[name].is_floating_point()]
+    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v, *(features[name] for name in names))]
+    given = features | dict(zip(names, leaves[3:], strict=True))
+    out, lse = call(*leaves[:3], given, algorithm=algorithm, causal=causal, scale=scale, tile=tile)
+    loss = (out.double() * dout.double()).sum() + (lse.masked_fill(lse.isinf(), 0) * dlse).sum()
+    gradients = torch.autograd.grad(loss, leaves)
+
+    doubles = [x.detach().double().requires_grad_() for x in leaves]
+    given = features | dict(zip(names, doubles[3:], strict=True))
+    exact, exact_lse = attention_reference(*doubles[:3], causal=causal_argument(causal), scale=scale, **given)
+    loss = (exact * dout.double()).sum() + (exact_lse.masked_fill(exact_lse.isinf(), 0) * dlse.double()).sum()
+    expected = torch.autograd.grad(loss, doubles)
+    exact, exact_lse = exact.detach(), exact_lse.detach()
+
+    visible, bias, dropout = dense_meaning(q, k, features, causal)
+    model = ErrorModel(
+        q, k, v, exact, exact_lse, visible, default_scale(q, scale), bias, features.get("softcap", 0.0), dropout
+    )
+    assert_lse(lse, exact_lse, model.lse_sigma())
+    assert_within(out, exact, model.out_sigma(), "out")
+    sigmas = model.gradient_sigmas(dout, dlse, *expected[:3])
+    for name, actual, right, sigma in zip("qkv", gradients, expected, sigmas, strict=False):
+        assert_within(actual, right, sigma, f"d{name}")
+    for name, actual, right in zip(names, gradients[3:], expected[3:], strict=True):
+        assert actual.shape == right.shape
+        check_bias_gradient(name, actual, right, model, dout, dlse, features, bias)
+    return out, lse, gradients
+
+
+def check_bias_gradient(name, actual, right, model, dout, dlse, features, bias):
+    """Sums of dS: their errors add up at random, and rounding to the mask's dtype comes on top."""
+    variance = model.ds_variance + (model.eps * model.ds.abs()).square() * 4
+    distance = 1.0
+    if name == "alibi_slopes":
+        distance = (bias.shape[2] + bias.shape[3]) * 1.0
+    if name == "sinks":
+        sink = torch.exp(features["sinks"].double()[:, None] - model.lse)
+        delta = (dout.double() * model.out).sum(-1) - dlse.double()
+        terms = (dout.double().square() * (model.out_sigma().square())).sum(-1) + (model.eps * 32 * delta).square()
+        sigma = (sink.square() * terms).sum((0, 2)).sqrt()
+    elif name == "alibi_slopes":
+        total = variance.sum((2, 3)).sqrt() * distance
+        sigma = total if right.dim() == 2 else total.square().sum(0).sqrt()
+    else:
+        # Roundings of delta are shared by a row: its elements do not err independently.
+        row = (variance.sqrt()).sum(-1, keepdim=True).square() / max(1, bias.shape[3])
+        sigma = reduce_to(torch.maximum(variance, row) * (4 if right.shape[3] == 1 else 1), right.shape).sqrt()
+    largest = right.abs().max()
+    allowed = 10 * sigma + ulp(right, actual.dtype) + 64 * model.eps * largest + model.underflow**0.5 * 1e4
+    excess = ((actual.double() - right).abs() - allowed).max().item()
+    assert excess <= 0, f"d{name}: error {excess:.3g} beyond the allowed"
+
+
+def random_case(seed, names=None):
+    """Everything drawn from one number: tensors, features, masks, tile."""
+    from inputs import Shape, make_qkv_dout
+
+    rng = random.Random(seed)
+    heads_kv, group = rng.choice([1, 1, 2]), rng.choice([1, 2, 3])
+    length = lambda: rng.choice([1, 5, 16, 17, 33, 70, rng.randint(1, 140)])  # noqa: E731
+    shape = Shape(rng.choice([1, 2, 3]), heads_kv * group, heads_kv, length(), length(), rng.choice([1, 8, 24, 64]))
+    dtype = rng.choice([torch.float32, torch.float64, torch.float16, torch.bfloat16])
+    features = draw_features(rng, shape, dtype, names)
+    q, k, v, dout = make_qkv_dout(shape, dtype, "cpu", rng.choice(["randn", "shifted", "randn3"]))
+    dlse = torch.randn(shape.q[:3], dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    options = {
+        "algorithm": rng.choice(["v1", "v2"]),
+        "causal": rng.choice(["none", "bottom_right", "top_left"]),
+        "scale": rng.choice([None, 0.3]),
+        "tile": rng.choice([(16, 16), (7, 9), (64, 32)]),
+    }
+    return (q, k, v, dout, dlse, features), options
