@@ -57,6 +57,7 @@ def draw_features(rng, shape, dtype, names=None):
 
 def call(q, k, v, features, *, algorithm="v2", causal="none", scale=None, tile=(16, 16)):
     features = dict(features)
+    tile = tile if q.device.type == "cpu" else None
     return torch.ops.flash_ext.general_forward(
         q, k, v, algorithm=algorithm, causal=causal, scale=scale, tile=tile, **features
     )
@@ -64,6 +65,11 @@ def call(q, k, v, features, *, algorithm="v2", causal="none", scale=None, tile=(
 
 def dense_meaning(q, k, features, causal):
     """(visible, bias, dropout) as the error model takes them."""
+    with q.device:
+        return _dense_meaning(q, k, features, causal)
+
+
+def _dense_meaning(q, k, features, causal):
     batch, heads, seqlen_q, _ = q.shape
     seqlen_k = k.shape[2]
     diagonal = 0 if causal == "top_left" else seqlen_k - seqlen_q
@@ -157,15 +163,18 @@ def check_bias_gradient(name, actual, right, model, dout, dlse, features, bias):
     assert excess <= 0, f"d{name}: error {excess:.3g} beyond the allowed"
 
 
-def random_case(seed, names=None):
+def random_case(seed, names=None, device="cpu"):
     """Everything drawn from one number: tensors, features, masks, tile."""
     from inputs import Shape, make_qkv_dout
 
     rng = random.Random(seed)
+    is_cpu = device == "cpu"
     heads_kv, group = rng.choice([1, 1, 2]), rng.choice([1, 2, 3])
-    length = lambda: rng.choice([1, 5, 16, 17, 33, 70, rng.randint(1, 140)])  # noqa: E731
-    shape = Shape(rng.choice([1, 2, 3]), heads_kv * group, heads_kv, length(), length(), rng.choice([1, 8, 24, 64]))
-    dtype = rng.choice([torch.float32, torch.float64, torch.float16, torch.bfloat16])
+    length = lambda: rng.choice([1, 5, 16, 17, 33, 70, rng.randint(1, 140 if is_cpu else 400)])  # noqa: E731
+    head_dim = rng.choice([1, 8, 24, 64] if is_cpu else [1, 8, 24, 64, 100, 128, 192, 256])
+    shape = Shape(rng.choice([1, 2, 3]), heads_kv * group, heads_kv, length(), length(), head_dim)
+    dtypes = [torch.float32, torch.float16, torch.bfloat16]
+    dtype = rng.choice([*dtypes, torch.float64] if is_cpu else dtypes)
     features = draw_features(rng, shape, dtype, names)
     q, k, v, dout = make_qkv_dout(shape, dtype, "cpu", rng.choice(["randn", "shifted", "randn3"]))
     dlse = torch.randn(shape.q[:3], dtype=torch.float64 if dtype == torch.float64 else torch.float32)
@@ -175,4 +184,12 @@ def random_case(seed, names=None):
         "scale": rng.choice([None, 0.3]),
         "tile": rng.choice([(16, 16), (7, 9), (64, 32)]),
     }
-    return (q, k, v, dout, dlse, features), options
+    return (*on(device, q, k, v, dout, dlse), on_device(features, device)), options
+
+
+def on(device, *tensors):
+    return tuple(x.to(device) for x in tensors)
+
+
+def on_device(arguments, device):
+    return {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}

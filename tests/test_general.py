@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 from calls import CPU_ALGORITHMS, assert_same_bits, bits
-from general_cases import FEATURES, GRADIENTS, call, check_call, draw_features, random_case
+from general_cases import FEATURES, GRADIENTS, call, check_call, draw_features, on, on_device, random_case
 from inputs import Shape, make_qkv, make_qkv_dout
 
 import flash_ext
@@ -23,13 +23,13 @@ def i32(*values):
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("feature", FEATURES)
 @pytest.mark.parametrize("algorithm", CPU_ALGORITHMS)
-def test_feature_alone(algorithm, feature, seed):
-    tensors, options = random_case(seed, [feature])
+def test_feature_alone(device, algorithm, feature, seed):
+    tensors, options = random_case(seed, [feature], device)
     check_call(*tensors, **(options | {"algorithm": algorithm}))
 
 
-def test_random_combination(fuzz_seed):
-    tensors, options = random_case(1_000_000 + fuzz_seed)
+def test_random_combination(device, fuzz_seed):
+    tensors, options = random_case(1_000_000 + fuzz_seed, device=device)
     check_call(*tensors, **options)
 
 
@@ -85,14 +85,13 @@ def test_dropout_statistics(p):
 
 
 @pytest.mark.parametrize("algorithm", CPU_ALGORITHMS)
-def test_dropout_is_exactly_the_replayed_mask(algorithm):
+def test_dropout_is_exactly_the_replayed_mask(device, algorithm):
     """With V the identity, out is the dropped softmax itself, zeros and all."""
     n = 100
-    q, k = torch.randn(2, 2, 3, n, n)
-    rng_state = torch.tensor([123456789012345, 6])
-    out = flash_attention(
-        q, k, torch.eye(n).expand(2, 3, n, n), dropout_p=0.3, rng_state=rng_state, algorithm=algorithm
-    )
+    q, k = torch.randn(2, 2, 3, n, n, device=device)
+    rng_state = torch.tensor([123456789012345, 6], device=device)
+    identity = torch.eye(n, device=device).expand(2, 3, n, n)
+    out = flash_attention(q, k, identity, dropout_p=0.3, rng_state=rng_state, algorithm=algorithm)
     factor = dropout_factor(0.3, rng_state, 2, 3, range(n), n)
     assert torch.equal(out == 0, factor == 0)
     torch.testing.assert_close(out, (torch.softmax(q @ k.mT / n**0.5, -1) * factor).float())
@@ -111,10 +110,12 @@ def test_dropout_seeds_and_limits():
 
 # ---- lengths -------------------------------------------------------------------------------------
 
+# The bits are those of one kernel, and plain attention has others.
+ALWAYS_GENERAL = {"window": (-1, -1)}
 LENGTHS_Q, LENGTHS_K = (17, 0, 40, 5), (30, 12, 0, 33)
 
 
-def packed_inputs(fill, gap=3):
+def packed_inputs(fill, device, gap=3):
     """q, k, v, dout of four sequences between rows of `fill`, and the arguments."""
     cu_q, cu_k = ([gap + sum(lengths[:i]) for i in range(5)] for lengths in (LENGTHS_Q, LENGTHS_K))
     tensors = []
@@ -123,9 +124,10 @@ def packed_inputs(fill, gap=3):
         x = torch.full((cu[-1] + gap, heads, 16), fill)
         x[cu[0] : cu[-1]] = torch.randn(cu[-1] - cu[0], heads, 16)
         tensors.append(x)
-    return tensors, {
+    lengths = {
         "cu_seqlens_q": i32(*cu_q), "cu_seqlens_k": i32(*cu_k), "max_seqlen_q": 40, "max_seqlen_k": 33,
     }  # fmt: skip
+    return on(device, *tensors), on_device(lengths, device)
 
 
 def run(q, k, v, dout, **options):
@@ -136,12 +138,12 @@ def run(q, k, v, dout, **options):
 
 @pytest.mark.parametrize("options", [{}, {"causal": True}, {"window": (6, 4), "softcap": 2.0}], ids=str)
 @pytest.mark.parametrize("algorithm", CPU_ALGORITHMS)
-def test_packed_sequences_have_the_bits_of_each_alone(algorithm, options):
+def test_packed_sequences_have_the_bits_of_each_alone(device, algorithm, options):
     """And rows of no sequence have out 0, lse -inf and gradients 0, whatever NaN is there."""
-    (q, k, v, dout), lengths = packed_inputs(NAN)
-    options = options | {"algorithm": algorithm}
+    (q, k, v, dout), lengths = packed_inputs(NAN, device)
+    options = ALWAYS_GENERAL | options | {"algorithm": algorithm}
     results = run(q, k, v, dout, **lengths, **options)
-    owned_q, owned_k = torch.zeros(len(q), dtype=torch.bool), torch.zeros(len(k), dtype=torch.bool)
+    owned_q, owned_k = (torch.zeros(len(x), dtype=torch.bool, device=device) for x in (q, k))
     cu_q, cu_k = lengths["cu_seqlens_q"], lengths["cu_seqlens_k"]
     for q0, q1, k0, k1 in zip(cu_q[:-1], cu_q[1:], cu_k[:-1], cu_k[1:], strict=True):
         owned_q[q0:q1], owned_k[k0:k1] = True, True
@@ -160,17 +162,18 @@ def test_packed_sequences_have_the_bits_of_each_alone(algorithm, options):
 
 @pytest.mark.parametrize("causal", [False, True, "top_left"])
 @pytest.mark.parametrize("algorithm", CPU_ALGORITHMS)
-def test_padding_is_never_read(algorithm, causal):
+def test_padding_is_never_read(device, algorithm, causal):
     """Each batch entry has the bits of a call with its own keys alone, though the others are NaN."""
-    q, k, v, dout = make_qkv_dout(Shape(3, 4, 2, 20, 70, 16), torch.float32, "cpu")
+    q, k, v, dout = make_qkv_dout(Shape(3, 4, 2, 20, 70, 16), torch.float32, device)
+    options = ALWAYS_GENERAL | {"causal": causal, "algorithm": algorithm}
     lengths = (0, 33, 70)
     for x in (k, v):
         for b, n in enumerate(lengths):
             x[b, :, n:] = NAN
-    results = run(q, k, v, dout, seqlens_k=i32(*lengths), causal=causal, algorithm=algorithm)
+    results = run(q, k, v, dout, seqlens_k=i32(*lengths).to(device), **options)
     for b, n in enumerate(lengths):
         own = [q[b : b + 1], k[b : b + 1, :, :n], v[b : b + 1, :, :n], dout[b : b + 1]]
-        expected = run(*own, causal=causal, algorithm=algorithm)
+        expected = run(*own, **options)
         actual = [x[b : b + 1] for x in results]
         assert not actual[3][:, :, n:].any()
         assert not actual[4][:, :, n:].any()
@@ -185,15 +188,15 @@ MALFORMED = (
 
 @pytest.mark.parametrize("which", ["cu_seqlens_q", "cu_seqlens_k", "seqlens_k"])
 @pytest.mark.parametrize("lengths", MALFORMED, ids=str)
-def test_malformed_lengths(lengths, which):
+def test_malformed_lengths(device, lengths, which):
     """They read and write nothing outside the tensors (NaN around k and v would show), and can be found out."""
-    (q, k, v, dout), good = packed_inputs(0.0)
+    (q, k, v, dout), good = packed_inputs(0.0, device)
     fenced = []
     for x in (q, k, v, dout):
-        fence = torch.full((len(x) + 200, *x.shape[1:]), NAN)
+        fence = torch.full((len(x) + 200, *x.shape[1:]), NAN, device=device)
         fence[100:-100] = x
         fenced.append(fence[100:-100])
-    bad = good | {which: i32(*(lengths[1:] if which == "seqlens_k" else lengths))}
+    bad = good | {which: i32(*(lengths[1:] if which == "seqlens_k" else lengths)).to(device)}
     for result in run(*fenced, **bad):
         assert not result.isnan().any()
     with pytest.raises(RuntimeError, match=rf"{which} must .*got"):
@@ -243,11 +246,11 @@ def test_refused(case):
 # ---- the package around it -----------------------------------------------------------------------
 
 
-def test_masks_are_taken_where_they_lie():
+def test_masks_are_taken_where_they_lie(device):
     """Any strides, expanded or transposed, and lower ranks: the same bits as a dense copy."""
-    q, k, v = make_qkv(Shape(2, 4, 2, 10, 12, 16), torch.float32, "cpu")
-    transposed = torch.randn(2, 4, 12, 10).mT
-    expanded = torch.randn(2, 1, 1, 12).expand(2, 4, 10, 12)
+    q, k, v = make_qkv(Shape(2, 4, 2, 10, 12, 16), torch.float32, device)
+    transposed = torch.randn(2, 4, 12, 10, device=device).mT
+    expanded = torch.randn(2, 1, 1, 12, device=device).expand(2, 4, 10, 12)
     for mask in (transposed, expanded, transposed[0, 0], transposed[0], expanded[:, :1, :1] > 0):
         dense = mask.expand(2, 4, 10, 12).contiguous()
         same = [flash_attention(q, k, v, attn_mask=x) for x in (mask, dense)]
@@ -261,15 +264,15 @@ def test_three_dimensions():
     assert torch.equal(out, flash_attention(q, k, v, attn_mask=mask[:, None], window=(3, 3))[:, 0])
 
 
-def test_a_sink_alone_is_all_of_a_row():
+def test_a_sink_alone_is_all_of_a_row(device):
     """A row that sees no key has lse = sink, and all of lse's gradient goes to the sink."""
-    q, k, v = make_qkv(Shape(1, 2, 2, 3, 4, 8), torch.float32, "cpu")
-    sinks = torch.tensor([0.5, -3.0], requires_grad=True)
-    hidden = torch.zeros(3, 4, dtype=torch.bool)
+    q, k, v = make_qkv(Shape(1, 2, 2, 3, 4, 8), torch.float32, device)
+    sinks = torch.tensor([0.5, -3.0], device=device, requires_grad=True)
+    hidden = torch.zeros(3, 4, dtype=torch.bool, device=device)
     out, lse = flash_attention(q, k, v, attn_mask=hidden, sinks=sinks, return_lse=True)
     assert not out.any()
     assert torch.equal(lse, sinks.detach()[None, :, None].expand(1, 2, 3))
-    assert torch.equal(torch.autograd.grad(lse.sum(), sinks)[0], torch.tensor([3.0, 3.0]))
+    assert torch.equal(torch.autograd.grad(lse.sum(), sinks)[0], torch.tensor([3.0, 3.0], device=device))
 
 
 def test_opcheck_and_compile():
@@ -319,9 +322,9 @@ def test_block_mask_from_flex():
     torch.testing.assert_close(out, attention_reference(q, k, v, causal=True)[0].float())
 
 
-def test_only_wanted_gradients_are_computed():
-    q, k, v, dout = make_qkv_dout(Shape(1, 2, 2, 9, 9, 8), torch.float32, "cpu")
-    mask = torch.randn(1, 2, 9, 9)
+def test_only_wanted_gradients_are_computed(device):
+    q, k, v, dout = make_qkv_dout(Shape(1, 2, 2, 9, 9, 8), torch.float32, device)
+    mask = torch.randn(1, 2, 9, 9, device=device)
     out, lse = torch.ops.flash_ext.general_forward(q, k, v, mask)
     everything = torch.ops.flash_ext.general_backward(dout, q, k, v, out, lse, None, mask)
     for i, name in enumerate(GRADIENTS[:4]):
@@ -329,3 +332,23 @@ def test_only_wanted_gradients_are_computed():
         alone = torch.ops.flash_ext.general_backward(dout, q, k, v, out, lse, None, mask, needs=needs)
         assert torch.equal(alone[i], everything[i]), name
         assert all(x.numel() == 0 for j, x in enumerate(alone) if j != i)
+
+
+@pytest.mark.parametrize("mask_shape", [(3, 4, 150, 130), (1, 4, 150, 130), (3, 1, 1, 130), (1, 1, 150, 1)], ids=str)
+def test_bias_gradients_repeat_to_the_bit(device, mask_shape):
+    """When asked to, also where an element of the mask is a sum over batch entries, heads, rows or keys."""
+    q, k, v, dout = make_qkv_dout(Shape(3, 4, 2, 150, 130, 64), torch.bfloat16, device)
+    biases = [torch.randn(mask_shape, device=device), torch.rand(4, device=device), torch.randn(4, device=device)]
+    rng_state = torch.tensor([3, 4], device=device)
+
+    def gradients():
+        leaves = [x.clone().requires_grad_() for x in (q, k, v, *biases)]
+        out = flash_attention(
+            *leaves[:3], attn_mask=leaves[3], alibi_slopes=leaves[4], sinks=leaves[5], dropout_p=0.2,
+            rng_state=rng_state, deterministic=True,
+        )  # fmt: skip
+        return torch.autograd.grad(out, leaves, dout)
+
+    first = gradients()
+    for _ in range(5):
+        assert_same_bits(gradients(), first, "gradients")

@@ -124,9 +124,8 @@ void launch_backward(const BackwardParams& params, CudaStream stream) {
   backward::launch_preprocess<Element, kHeadDim>(params, p, overlap, stream);
   if (params.dk.data != nullptr || params.dv.data != nullptr) {
     backward::with_kv_config<Element, kHeadDim, backward::KVConfig>(
-        Shapes{}, params.shape, [&](auto config) {
-          backward::launch_kv<decltype(config)>(params, p, overlap, stream);
-        });
+        Shapes{}, params.shape,
+        [&](auto config) { backward::launch_kv<decltype(config)>(params, p, overlap, stream); });
   }
   if (params.dq.data != nullptr && !BackwardWorkspace::accumulates_dq(params)) {
     backward::launch_dq<backward::QConfig<Element, kHeadDim>>(params, p, overlap, stream);

@@ -41,6 +41,16 @@ struct Dropout {
   uint32_t threshold = 0;   // a number below it drops its element; 2^16 drops all
   float keep_scale = 1.0f;  // on what is kept: 1 / (1 - threshold / 2^16), or 0 if nothing is
 
+  // The same in two factors: of weights before they are rounded for their product, lest small ones
+  // lose bits in fp16, as far as large ones do not overflow there; and of the product.
+  static constexpr float kMaxWeightFactor = 1024.0f;
+  FLASH_HOST_DEVICE float weight_factor() const {
+    return keep_scale < kMaxWeightFactor ? keep_scale : kMaxWeightFactor;
+  }
+  FLASH_HOST_DEVICE float product_factor() const {
+    return keep_scale > kMaxWeightFactor ? keep_scale / kMaxWeightFactor : 1.0f;
+  }
+
   static Dropout make(double probability, const void* rng_state) {
     Dropout dropout;
     dropout.rng_state = static_cast<const uint64_t*>(rng_state);

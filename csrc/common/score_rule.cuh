@@ -47,8 +47,8 @@ struct KeptElements {
   static_assert(4 * kM * kN <= 32, "one register");
   uint32_t bits;
 
-  // Others become 0.
-  __device__ __forceinline__ void drop(float (&acc)[kM][kN][4], float factor = 1.f) const {
+  // Those are multiplied by `factor`, others become 0.
+  __device__ __forceinline__ void drop(float (&acc)[kM][kN][4], float factor) const {
     for_each_element<kM, kN>([&](int m, int n, int i) {
       acc[m][n][i] = (bits >> ((m * kN + n) * 4 + i) & 1) != 0 ? acc[m][n][i] * factor : 0.f;
     });
@@ -77,6 +77,7 @@ class ScoreRule {
   __device__ __forceinline__ bool has_dropout() const {
     return general_.dropout.rng_state != nullptr;
   }
+  __device__ __forceinline__ const Dropout& dropout() const { return general_.dropout; }
   __device__ __forceinline__ bool has_sink() const { return general_.sinks.data != nullptr; }
   __device__ __forceinline__ const SoftmaxScale& exponent() const { return scale_.exponent; }
   __device__ __forceinline__ const BandMask& band() const { return band_; }
@@ -95,7 +96,8 @@ class ScoreRule {
       if (has_softcap()) {
         cap(acc, on_tanh);
       } else {
-        for_each_element<kM, kN>([&](int m, int n, int i) { acc[m][n][i] *= scale_.softmax_scale; });
+        for_each_element<kM, kN>(
+            [&](int m, int n, int i) { acc[m][n][i] *= scale_.softmax_scale; });
       }
       if (has_alibi()) {
         for_each_distance(acc, row0, col0,
@@ -183,8 +185,8 @@ class ScoreRule {
   template <typename MaskElement, int kM, int kN>
   __device__ __forceinline__ void add_mask(float (&acc)[kM][kN][4], int row0, int col0) const {
     const ScoreTensor& mask = general_.mask;
-    const auto* data = static_cast<const MaskElement*>(mask.data) +
-                       mask.offset(batch_idx_, head_idx_, 0, 0);
+    const auto* data =
+        static_cast<const MaskElement*>(mask.data) + mask.offset(batch_idx_, head_idx_, 0, 0);
     for_each_element<kM, kN>([&](int m, int n, int i) {
       const int row = min(row0 + 16 * m + 8 * (i / 2), band_.seqlen_q - 1);
       const int col = min(col0 + 8 * n + i % 2, band_.seqlen_k - 1);
@@ -242,8 +244,7 @@ __device__ __forceinline__ bool tile_is_on(const BlockMask& mask, int batch_idx,
 __device__ __forceinline__ int next_key_block(const BlockMask& mask, int batch_idx, int head_idx,
                                               int m0, int n_block, int block_n,
                                               const BlockRange& blocks) {
-  while (n_block < blocks.end &&
-         !tile_is_on(mask, batch_idx, head_idx, m0, n_block * block_n)) {
+  while (n_block < blocks.end && !tile_is_on(mask, batch_idx, head_idx, m0, n_block * block_n)) {
     ++n_block;
   }
   return n_block;

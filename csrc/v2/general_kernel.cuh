@@ -36,12 +36,12 @@ struct GeneralScores {
                block_is_full(rule.band(), m0, last_row, n0, Config::kBlockN));
   }
   __device__ __forceinline__ float scale_log2() const { return rule.exponent().log2; }
-  // What is kept is multiplied by 1 / (1 - p) at the end, in O.
   template <int kM, int kN>
   __device__ __forceinline__ void drop(float (&acc_p)[kM][kN][4], int row, int col,
                                        int lane_idx) const {
     if (!rule.has_dropout()) return;
-    rule.template kept<kM, kN>(m0 + row + lane_idx / 4, n0 + col + lane_idx % 4 * 2).drop(acc_p);
+    rule.template kept<kM, kN>(m0 + row + lane_idx / 4, n0 + col + lane_idx % 4 * 2)
+        .drop(acc_p, rule.dropout().weight_factor());
   }
 };
 
@@ -122,8 +122,8 @@ __global__ void __launch_bounds__(Config::kNumThreads, 1)
 
   if constexpr (Config::kKeyGroups > 1) warp.join_key_groups(smem, rule.exponent().log2);
   if (warp.key_group == 0) {
-    const float keep_scale = rule.has_dropout() ? p.general.dropout.keep_scale : 1.f;
-    warp.softmax.finalize(warp.acc_o, rule.exponent().natural, rule.sink(), keep_scale);
+    warp.softmax.finalize(warp.acc_o, rule.exponent().natural, rule.sink(),
+                          p.general.dropout.product_factor());
     const int64_t lse = p.general.sequences.lse_index(sequence, batch_idx, head_idx, p.heads_q, 0);
     warp.store(smem, p.lse + lse, m0, sequence.seqlen_q);
   }

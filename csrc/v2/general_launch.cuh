@@ -23,21 +23,20 @@ void launch_general_forward(const ForwardParams& params, CudaStream stream) {
   const int64_t num_heads = s.batch * s.heads_q;
   const int64_t kv_bytes = 2 * sizeof(Element) * s.seqlen_k * s.head_dim;
   const bool is_causal = params.general.causal != CausalMode::kNone;
-  const v2::GeneralKernelParams p{
-      params.q,
-      params.k,
-      params.v,
-      params.out,
-      static_cast<float*>(params.lse),
-      params.general,
-      ScoreScale(params.softmax_scale, params.general),
-      static_cast<int>(s.head_dim),
-      Divisor(s.heads_q),
-      Divisor(s.group_size()),
-      tile_order(s, is_causal, tiles_per_head, num_heads, kv_bytes)};
-  launch_kernel(v2::general_forward_kernel<Config>, num_heads * tiles_per_head,
-                Config::kNumThreads, sizeof(typename Config::SharedStorage), stream,
-                "the v2 general forward kernel", p, s);
+  const v2::GeneralKernelParams p{params.q,
+                                  params.k,
+                                  params.v,
+                                  params.out,
+                                  static_cast<float*>(params.lse),
+                                  params.general,
+                                  ScoreScale(params.softmax_scale, params.general),
+                                  static_cast<int>(s.head_dim),
+                                  Divisor(s.heads_q),
+                                  Divisor(s.group_size()),
+                                  tile_order(s, is_causal, tiles_per_head, num_heads, kv_bytes)};
+  launch_kernel(v2::general_forward_kernel<Config>, num_heads * tiles_per_head, Config::kNumThreads,
+                sizeof(typename Config::SharedStorage), stream, "the v2 general forward kernel", p,
+                s);
 }
 
 template <typename Element, int kHeadDim>

@@ -1,6 +1,6 @@
 // dmask where elements of it are sums: over rows or keys, or over batch entries or heads where it
-// has to be the same to the bit in every run. A thread block owns a tile of dmask and walks over all
-// tiles of scores that share it, in one order; S and dP are computed once more for it.
+// has to be the same to the bit in every run. A thread block owns a tile of dmask and walks over
+// all tiles of scores that share it, in one order; S and dP are computed once more for it.
 #pragma once
 
 #include "backward/config.cuh"
@@ -97,8 +97,7 @@ __global__ void __launch_bounds__(Config::kNumThreads, 1)
           float acc_ds[1][kTilesN][4];
           sm80::clear(acc_p);
           sm80::clear(acc_ds);
-          sm80::warp_gemm<kHeadDim / sm80::kMmaK>(acc_p,
-                                                  sm80::KMajorA(smem.q, warp_row0, lane_idx),
+          sm80::warp_gemm<kHeadDim / sm80::kMmaK>(acc_p, sm80::KMajorA(smem.q, warp_row0, lane_idx),
                                                   sm80::KMajorB(smem.k, 0, lane_idx));
           sm80::warp_gemm<kHeadDim / sm80::kMmaK>(acc_ds,
                                                   sm80::KMajorA(smem.dout, warp_row0, lane_idx),
@@ -106,7 +105,8 @@ __global__ void __launch_bounds__(Config::kNumThreads, 1)
           recompute_p(acc_p, acc_slope, head, p.lse_log2 + head.stats + m0, m0, n0, row, col,
                       head.is_full(m0, kBlockM, n0, kBlockN));
           if (head.rule.has_dropout()) {
-            head.rule.template kept<1, kTilesN>(m0 + row, n0 + col).drop(acc_ds, p.keep_scale());
+            head.rule.template kept<1, kTilesN>(m0 + row, n0 + col)
+                .drop(acc_ds, p.general.dropout.keep_scale);
           }
           compute_ds(acc_ds, acc_p, p.delta + head.stats + m0, row);
           for_each_element<1, kTilesN>(
@@ -126,8 +126,7 @@ __global__ void __launch_bounds__(Config::kNumThreads, 1)
   const int num_cols = to.key_stride == 0 ? 1 : kBlockN;
   const int m0 = m_span.first * kBlockM;
   const int n0 = n_span.first * kBlockN;
-  float* const data =
-      static_cast<float*>(to.data) + to.offset(entries.first, heads.first, 0, 0);
+  float* const data = static_cast<float*>(to.data) + to.offset(entries.first, heads.first, 0, 0);
   for (int t = thread_idx; t < num_rows * num_cols; t += kNumThreads) {
     const int r = t / num_cols;
     const int c = t % num_cols;

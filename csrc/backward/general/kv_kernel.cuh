@@ -6,7 +6,7 @@
 //   3.   P = exp(rule(Q K^T) - L),  dP = dO V^T with what dropout leaves,  dS = P * (dP - D)
 //   4.   what dropout leaves of P, and dS times the softcap's derivative, through shared memory
 //   5.   dV += P^T dO,  dK += dS^T Q
-//   6. dK * scale, dV / (1 - p) leave through shared memory
+//   6. dK * scale, dV leave through shared memory
 #pragma once
 
 #include "backward/general/config.cuh"
@@ -155,13 +155,13 @@ __global__ void __launch_bounds__(Config::kNumThreads, 1)
         sm80::warp_gemm<kHeadDim / kK>(acc_ds,
                                        sm80::KMajorA(smem.dout[stage], score_row0, lane_idx),
                                        sm80::KMajorB(smem.v, score_col0, lane_idx));
-        if (head.rule.has_dropout()) kept.drop(acc_ds, p.keep_scale());
+        if (head.rule.has_dropout()) kept.drop(acc_ds, p.general.dropout.keep_scale);
         compute_ds(acc_ds, acc_p, smem.delta[stage], row);
         if (head.rule.has_softcap()) multiply(acc_ds, acc_slope);
         sm80::store_accumulator(smem.ds, acc_ds, score_row0, score_col0, lane_idx);
       }
       if (wants_dv) {
-        if (head.rule.has_dropout()) kept.drop(acc_p);
+        if (head.rule.has_dropout()) kept.drop(acc_p, p.general.dropout.weight_factor());
         sm80::store_accumulator(smem.p, acc_p, score_row0, score_col0, lane_idx);
       }
     }
@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(Config::kNumThreads, 1)
   // Step 6.
   __syncthreads();
   multiply(acc_dk, p.scale.softmax_scale);
-  multiply(acc_dv, p.keep_scale());
+  multiply(acc_dv, p.general.dropout.product_factor());
   sm80::store_accumulator(smem.k, acc_dk, kv_row0, kv_col0, lane_idx);
   sm80::store_accumulator(smem.v, acc_dv, kv_row0, kv_col0, lane_idx);
   __syncthreads();

@@ -60,8 +60,7 @@ void launch_general_kv(const BackwardParams& params, GeneralKernelParams p, cuda
   const int64_t head_bytes = s.seqlen_q * s.head_dim * 2 * sizeof(typename Config::Element);
   const int64_t tiles = num_blocks(s.seqlen_k, Config::kBlockN);
   const int64_t num_heads = s.batch * s.heads_kv;
-  p.order =
-      tile_order(s, params.general.causal != CausalMode::kNone, tiles, num_heads, head_bytes);
+  p.order = tile_order(s, params.general.causal != CausalMode::kNone, tiles, num_heads, head_bytes);
   launch_kernel(general_kv_kernel<Config>, num_heads * tiles, Config::kNumThreads,
                 sizeof(typename Config::SharedStorage), stream, "the general backward's kv kernel",
                 p, s);
@@ -73,20 +72,17 @@ void launch_general_q(const BackwardParams& params, GeneralKernelParams p, cudaS
   const int64_t head_bytes = s.seqlen_k * s.head_dim * 2 * sizeof(typename Config::Element);
   const int64_t tiles = num_blocks(s.seqlen_q, Config::kBlockM);
   const int64_t num_heads = s.batch * s.heads_q;
-  p.order =
-      tile_order(s, params.general.causal != CausalMode::kNone, tiles, num_heads, head_bytes);
+  p.order = tile_order(s, params.general.causal != CausalMode::kNone, tiles, num_heads, head_bytes);
   launch_kernel(general_q_kernel<Config>, num_heads * tiles, Config::kNumThreads,
                 sizeof(typename Config::SharedStorage), stream, "the general backward's q kernel",
                 p, s);
 }
 
 template <typename Config>
-void launch_dmask(const BackwardParams& params, const GeneralKernelParams& p,
-                  cudaStream_t stream) {
+void launch_dmask(const BackwardParams& params, const GeneralKernelParams& p, cudaStream_t stream) {
   const AttentionShape& s = params.shape;
   const ScoreTensor& to = params.general_gradients.dmask;
-  const int64_t tiles = num_spans(to.batch_stride, s.batch) *
-                        num_spans(to.head_stride, s.heads_q) *
+  const int64_t tiles = num_spans(to.batch_stride, s.batch) * num_spans(to.head_stride, s.heads_q) *
                         num_spans(to.row_stride, num_blocks(s.seqlen_q, Config::kBlockM)) *
                         num_spans(to.key_stride, num_blocks(s.seqlen_k, Config::kBlockN));
   launch_kernel(dmask_kernel<Config>, s.seqlen_k > 0 ? tiles : 0, Config::kNumThreads,
@@ -103,8 +99,8 @@ inline void launch_head_sum(const BackwardParams& params, const GeneralKernelPar
                           params.general.sequences,
                           static_cast<int>(s.batch),
                           static_cast<int>(s.heads_q)};
-  launch_kernel(head_sum_kernel<kHeadSumThreads>, s.heads_q * num_spans(to.batch_stride, s.batch), kHeadSumThreads,
-                0, stream, "the general backward's head_sum kernel", sum, s);
+  launch_kernel(head_sum_kernel<kHeadSumThreads>, s.heads_q * num_spans(to.batch_stride, s.batch),
+                kHeadSumThreads, 0, stream, "the general backward's head_sum kernel", sum, s);
 }
 
 }  // namespace backward
@@ -120,9 +116,8 @@ void launch_general_backward(const BackwardParams& params, CudaStream stream) {
   backward::launch_general_preprocess<Element, kHeadDim>(params, p, stream);
   if (params.dk.data != nullptr || params.dv.data != nullptr) {
     backward::with_kv_config<Element, kHeadDim, backward::GeneralKVConfig>(
-        Shapes{}, params.shape, [&](auto config) {
-          backward::launch_general_kv<decltype(config)>(params, p, stream);
-        });
+        Shapes{}, params.shape,
+        [&](auto config) { backward::launch_general_kv<decltype(config)>(params, p, stream); });
   }
   if (params.dq.data != nullptr || gradients.dslopes.data != nullptr ||
       dmask.of_q_kernel != backward::MaskGradient::kNone) {

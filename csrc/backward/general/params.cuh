@@ -68,10 +68,6 @@ struct GeneralKernelParams {
     dsink_rows =
         gradients.dsinks.data != nullptr ? params.workspace + sections.dsink_rows : nullptr;
   }
-
-  __device__ __forceinline__ float keep_scale() const {
-    return general.dropout.rng_state != nullptr ? general.dropout.keep_scale : 1.f;
-  }
 };
 
 // The rows of a (batch, heads, ...) tensor that belong to one sequence.
@@ -112,12 +108,10 @@ struct GeneralHead {
 template <typename Element, int kM, int kN>
 __device__ __forceinline__ void recompute_p(float (&acc_s)[kM][kN][4],
                                             float (&acc_slope)[kM][kN][4],
-                                            const GeneralHead<Element>& head,
-                                            const float* lse_log2, int m0, int n0, int row, int col,
-                                            bool is_full) {
-  head.rule.apply(acc_s, m0 + row, n0 + col, is_full, [&](int m, int n, int i, float tanh) {
-    acc_slope[m][n][i] = 1.f - tanh * tanh;
-  });
+                                            const GeneralHead<Element>& head, const float* lse_log2,
+                                            int m0, int n0, int row, int col, bool is_full) {
+  head.rule.apply(acc_s, m0 + row, n0 + col, is_full,
+                  [&](int m, int n, int i, float tanh) { acc_slope[m][n][i] = 1.f - tanh * tanh; });
   recompute_p(acc_s, lse_log2, head.lse + m0, head.rule.exponent(), row);
 }
 

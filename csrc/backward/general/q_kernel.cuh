@@ -31,8 +31,7 @@ __device__ __forceinline__ void put_mask_gradient(const float (&acc_ds)[1][kN][4
                                                   const GeneralHead<Element>& head, int row0,
                                                   int col0) {
   const ScoreTensor& to = p.gradients.dmask;
-  auto* const data =
-      static_cast<float*>(to.data) + to.offset(head.batch_idx, head.head_idx, 0, 0);
+  auto* const data = static_cast<float*>(to.data) + to.offset(head.batch_idx, head.head_idx, 0, 0);
   for_each_element<1, kN>([&](int m, int n, int i) {
     const int row = row0 + 8 * (i / 2);
     const int col = col0 + 8 * n + i % 2;
@@ -127,7 +126,8 @@ __global__ void __launch_bounds__(Config::kNumThreads, 1)
     sm80::warp_gemm<kHeadDim / sm80::kMmaK>(acc_ds, sm80::KMajorA(smem.dout, warp_row0, lane_idx),
                                             sm80::KMajorB(smem.v, 0, lane_idx));
     if (head.rule.has_dropout()) {
-      head.rule.template kept<1, kTilesN>(m0 + row, n0 + col).drop(acc_ds, p.keep_scale());
+      head.rule.template kept<1, kTilesN>(m0 + row, n0 + col)
+          .drop(acc_ds, p.general.dropout.keep_scale);
     }
     compute_ds(acc_ds, acc_p, delta, row);
 
