@@ -46,7 +46,7 @@ struct GeneralScores {
 };
 
 template <typename Config>
-__global__ void __launch_bounds__(Config::kNumThreads, 1)
+__global__ void __launch_bounds__(Config::kNumThreads)
     general_forward_kernel(const __grid_constant__ GeneralKernelParams p) {
   using Element = typename Config::Element;
   constexpr int kBlockM = Config::kBlockM;
