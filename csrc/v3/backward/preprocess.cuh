@@ -10,10 +10,11 @@ namespace flash_ext::v3::backward {
 
 inline constexpr int kPreprocessThreads = 256;
 
-// Rows that go into the mean, evenly spaced: it is then within 1/16 of a standard deviation of that
-// of all keys. Any vector will do that is the same for all key blocks; the nearer to the mean, the
-// more of the error it removes. (2,048 rows took a head's thread block longer than all the rest.)
-inline constexpr int kMeanRows = 256;
+// Rows that go into the mean: of many keys every second, and no more than these, evenly spaced. Any
+// vector will do that is the same for all key blocks; the nearer to the mean, the more of the error
+// it removes. (2,048 rows took a head's thread block longer than all the rest.)
+inline constexpr int kMeanRows = 512;
+inline constexpr int kManyKeys = 512;
 
 template <typename Element>
 __device__ __forceinline__ const Element* row_of(const TensorView& view, int64_t batch_idx,
@@ -114,7 +115,7 @@ __device__ __forceinline__ void key_mean(const KernelParams& p, int batch_kv_hea
   const int row_in_pass = threadIdx.x / kThreadsPerRow;
   const Element* k =
       row_of<Element>(p.k, batch_kv_head / p.heads_kv, batch_kv_head % p.heads_kv, 0);
-  const int step = ceil_div(p.mask.seqlen_k, kMeanRows);
+  const int step = max(ceil_div(p.mask.seqlen_k, kMeanRows), p.mask.seqlen_k < kManyKeys ? 1 : 2);
   const int num_rows = ceil_div(p.mask.seqlen_k, step);
   float sum[8] = {}, sum_of_squares[8] = {};
 #pragma unroll 4
