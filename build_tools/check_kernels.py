@@ -34,6 +34,10 @@ class Accepted(NamedTuple):
 # Costs were measured on an H200 (sm_90a), as time of the shipped kernel over the best one without spills.
 _KV_128 = "tiles of 64x64, for GPUs with less shared memory, spill; not measured where they run"
 _KV_64 = "three thread blocks a multiprocessor spill; two do not and take 1.03 times as long (4x32x4096 bf16)"
+_V3_128 = (
+    "the producer and the ends of tiles spill, no step does; with V in registers for 3 steps of dP instead of 5"
+    " nothing spills, and it takes 1.03 times as long (1x16x16384 bf16)"
+)
 _SM80 = "not measured on this architecture, whose ptxas allocates a little differently; none on sm_90a"
 
 # By (instance, architecture).
@@ -46,6 +50,8 @@ ACCEPTED_SPILLS: dict[tuple[str, str], Accepted] = {
     ("backward_bf16_hdim64", "sm_90a"): Accepted(4, _KV_64),
     ("backward_fp16_hdim64", "sm_80"): Accepted(52, _KV_64),
     ("backward_bf16_hdim64", "sm_80"): Accepted(52, _KV_64),
+    ("backward_v3_fp16_hdim128", "sm_90a"): Accepted(80, _V3_128),
+    ("backward_v3_bf16_hdim128", "sm_90a"): Accepted(80, _V3_128),
     ("backward_fp16_hdim128", "sm_90a"): Accepted(20, _KV_128),
     ("backward_bf16_hdim128", "sm_90a"): Accepted(20, _KV_128),
 }
