@@ -106,8 +106,9 @@ def test_scratch_is_what_readme_says(algorithm, head_dim, seqlen_q, seqlen_k):
         plan = flash_ext.explain(*make_qkv(shape, BF16, "cuda"), algorithm=algorithm)
         padded = next(d for d in ((64, 128, 256) if algorithm == "v2" else HEAD_DIMS[1:]) if d >= head_dim)
         slots, min_keys = (2 * multiprocessors, 512) if algorithm == "v2" else (multiprocessors, 1024)
-        splits = min(slots // (shape.heads * -(-seqlen_q // plan.block_m)), seqlen_k // min_keys)
-        if algorithm == "v2" and seqlen_k * padded < 128 * 1024:
+        tiles = shape.heads * -(-seqlen_q // plan.block_m)
+        splits = min(slots // tiles, seqlen_k // min_keys)
+        if algorithm == "v2" and (seqlen_k * padded < 128 * 1024 or 2 * tiles > multiprocessors):
             splits = 1
         expected = 4 * splits * batch * shape.heads * seqlen_q * (padded + 2) if splits > 1 else 0
         assert plan.workspace_bytes == expected

@@ -47,6 +47,7 @@ inline int64_t forward_splits(const AttentionShape& s, int64_t element_bytes,
                               int64_t num_multiprocessors) {
   if (s.seqlen_k * s.padded_head_dim() < kMinElementsToSplit) return 1;
   const int64_t tiles = sequence_tiles(s, element_bytes, forward_grid(s, element_bytes));
+  if (2 * tiles > num_multiprocessors) return 1;
   return num_splits(tiles, kSplitSlotsPerMultiprocessor * num_multiprocessors, s.seqlen_k,
                     kMinKeysPerSplit);
 }

@@ -29,8 +29,10 @@
 // H200, measured and dropped at head_dim 128: both warpgroups computing half of each dQ a step
 // later, so that neither waits, 2 to 4% slower; dQ from registers by red.v4, half the columns each,
 // 1 to 8%; dQ's first summand stored instead of added to zeros, 6%; dQ's last one followed by the
-// conversion to elements, 250%; preprocess, this kernel, postprocess for a few batch entries at a
-// time, so that dQ's accumulator stays in L2, 8 to 50% at 512, 1 to 10% at 2k; dV before dS: C7512.
+// conversion to elements, 250%; its zeros written by this kernel shortly before, 2 to 6% at 512
+// (they have left L2 when they are added to); all three kernels for a few batch entries at a time,
+// so that the accumulator stays in L2, 8 to 50% at 512, 1 to 10% at 2k; the next tile's first
+// operands fetched to L2 by the producer, 3 to 9%; dV before dS: C7512.
 //
 // Barriers                     who arrives                        who waits
 //   tile full                  the producer                       everyone else

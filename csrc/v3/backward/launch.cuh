@@ -15,12 +15,16 @@
 namespace flash_ext {
 namespace v3::backward {
 
-// How many key heads make a section, whose Q, dO and accumulators of dQ should stay in L2. Without
-// a mask all tiles are equal, and heads one after the other are the best for it.
+// How many key heads make a section, whose Q, dO and accumulators of dQ should stay in L2. Heads
+// one after the other are the best for it: without a mask, where all tiles are equal, and where the
+// grid's rounds consist of whole heads, for of two rounds one gives a walker the long tiles and the
+// next the short ones. (H200, causal, 512: 2.7% at head_dim 128, 1% at 64.) Deterministic tiles of
+// one head wait for each other: there other heads come between them.
 template <typename Config>
 int64_t section_heads(const BackwardParams& params, int64_t num_n_blocks, int64_t num_walkers) {
   const AttentionShape& s = params.shape;
   if (!params.mask.is_causal) return 1;
+  if (!params.deterministic && num_walkers % num_n_blocks == 0) return 1;
   constexpr int64_t kElementBytes = 2 * sizeof(typename Config::Element) + sizeof(float);
   const int64_t head_bytes = kElementBytes * s.seqlen_q * s.head_dim * s.group_size();
   return heads_per_section(num_n_blocks, s.batch * s.heads_kv, head_bytes, num_walkers);

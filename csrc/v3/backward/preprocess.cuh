@@ -12,8 +12,8 @@ inline constexpr int kPreprocessThreads = 256;
 
 // Rows that go into the mean: of many keys every second, and no more than these, evenly spaced. Any
 // vector will do that is the same for all key blocks; the nearer to the mean, the more of the error
-// it removes.
-inline constexpr int kMeanRows = 2048;
+// it removes. (2,048 rows took a head's thread block longer than all the rest.)
+inline constexpr int kMeanRows = 512;
 inline constexpr int kManyKeys = 512;
 
 template <typename Element>
@@ -25,11 +25,13 @@ __device__ __forceinline__ const Element* row_of(const TensorView& view, int64_t
 
 // Eight elements of a row; zeros where it is shorter.
 template <typename Element>
-__device__ __forceinline__ void load_eight(float (&x)[8], const Element* row, int col, int cols) {
-  const uint4 bits =
-      col < cols ? *reinterpret_cast<const uint4*>(row + col) : make_uint4(0, 0, 0, 0);
-#pragma unroll
-  for (int i = 0; i < 8; ++i) x[i] = to_float(reinterpret_cast<const Element*>(&bits)[i]);
+__device__ __forceinline__ uint4 load_eight(const Element* row, int col, int cols) {
+  return col < cols ? *reinterpret_cast<const uint4*>(row + col) : make_uint4(0, 0, 0, 0);
+}
+
+template <typename Element>
+__device__ __forceinline__ float element(const uint4& eight, int i) {
+  return to_float(reinterpret_cast<const Element*>(&eight)[i]);
 }
 
 // One block of query rows. A row is read by kHeadDim / 8 neighbouring threads.
@@ -42,16 +44,27 @@ __device__ __forceinline__ void row_statistics(const KernelParams& p, int64_t bl
   const int64_t batch_head = block / p.num_m_blocks;
   const int64_t batch_idx = batch_head / p.heads_q;
   const int64_t head_idx = batch_head % p.heads_q;
+  const int row0 = m_block * kBlockM;
   const int col = threadIdx.x % kThreadsPerRow * 8;
   const int row_in_pass = threadIdx.x / kThreadsPerRow;
+  __shared__ float row_sums[kBlockM];
 
-  float o[kPasses][8], d[kPasses][8];
+  // Everything is asked for first; elements, since as floats they would leave room for fewer warps.
+  const int own_row = row0 + threadIdx.x;
+  const int64_t at = batch_head * p.mask.seqlen_q + own_row;
+  const bool owns_row = threadIdx.x < kBlockM && own_row < p.mask.seqlen_q;
+  const float lse = owns_row ? p.lse[at] : -INFINITY;
+  const float dlse = owns_row && p.dlse != nullptr ? p.dlse[at] : 0.f;
+  uint4 o[kPasses], d[kPasses];
+  const Element* o_row = row_of<Element>(p.out, batch_idx, head_idx, row0 + row_in_pass);
+  const Element* d_row = row_of<Element>(p.dout, batch_idx, head_idx, row0 + row_in_pass);
 #pragma unroll
   for (int i = 0; i < kPasses; ++i) {
-    const int row = m_block * kBlockM + i * kRowsPerPass + row_in_pass;
-    const int cols = row < p.mask.seqlen_q ? p.head_dim : 0;
-    load_eight(o[i], row_of<Element>(p.out, batch_idx, head_idx, row), col, cols);
-    load_eight(d[i], row_of<Element>(p.dout, batch_idx, head_idx, row), col, cols);
+    const bool is_row = row0 + i * kRowsPerPass + row_in_pass < p.mask.seqlen_q;
+    o[i] = load_eight(o_row, col, is_row ? p.head_dim : 0);
+    d[i] = load_eight(d_row, col, is_row ? p.head_dim : 0);
+    o_row += kRowsPerPass * p.out.row_stride;
+    d_row += kRowsPerPass * p.dout.row_stride;
   }
   if (p.dq_accum != nullptr) {
     auto* accum = reinterpret_cast<float4*>(p.dq_accum + block * (kBlockM * kHeadDim));
@@ -64,35 +77,29 @@ __device__ __forceinline__ void row_statistics(const KernelParams& p, int64_t bl
     p.dq_row_sum[block * (2 * kBlockM) + threadIdx.x] = 0.f;
   }
   if (p.dq_turns != nullptr && threadIdx.x < 2) p.dq_turns[2 * block + threadIdx.x] = 0;
-  auto& statistics = reinterpret_cast<RowStatistics<kBlockM>*>(p.row_statistics)[block];
-  bool has_huge = false;
 #pragma unroll
   for (int i = 0; i < kPasses; ++i) {
     float sum = 0.f;
 #pragma unroll
-    for (int j = 0; j < 8; ++j) sum += o[i][j] * d[i][j];
+    for (int j = 0; j < 8; ++j) sum += element<Element>(o[i], j) * element<Element>(d[i], j);
 #pragma unroll
     for (int offset = kThreadsPerRow / 2; offset > 0; offset /= 2) {
       sum += __shfl_xor_sync(0xffffffffu, sum, offset);
     }
-    if (col == 0) {
-      const int in_block = i * kRowsPerPass + row_in_pass;
-      const int row = m_block * kBlockM + in_block;
-      const bool is_row = row < p.mask.seqlen_q;
-      const int64_t at = batch_head * p.mask.seqlen_q + row;
-      const float lse = is_row ? p.lse[at] : -INFINITY;
-      const float dlse = p.dlse != nullptr && lse != -INFINITY ? p.dlse[at] : 0.f;
-      p.delta[block * kBlockM + in_block] = sum - dlse;
-      statistics.lse_log2[in_block] = (is_huge_lse(lse) ? 0.f : backward_lse_log2(lse)) -
-                                      static_cast<float>(kWeightShift<Element, kHeadDim>);
-      has_huge |= is_huge_lse(lse);
-    }
+    if (col == 0) row_sums[i * kRowsPerPass + row_in_pass] = sum;
   }
-  has_huge = __syncthreads_or(has_huge);
+  auto& statistics = reinterpret_cast<RowStatistics<kBlockM>*>(p.row_statistics)[block];
+  const bool has_huge = __syncthreads_or(is_huge_lse(lse));
+  if (threadIdx.x < kBlockM) {
+    p.delta[block * kBlockM + threadIdx.x] =
+        row_sums[threadIdx.x] - (lse != -INFINITY ? dlse : 0.f);
+    statistics.lse_log2[threadIdx.x] = (is_huge_lse(lse) ? 0.f : backward_lse_log2(lse)) -
+                                       static_cast<float>(kWeightShift<Element, kHeadDim>);
+  }
   if (threadIdx.x == 0) {
     statistics.has_huge = has_huge;
     statistics.batch_head = static_cast<int>(batch_head);
-    statistics.row0 = m_block * kBlockM;
+    statistics.row0 = row0;
   }
 }
 
@@ -113,12 +120,12 @@ __device__ __forceinline__ void key_mean(const KernelParams& p, int batch_kv_hea
   float sum[8] = {}, sum_of_squares[8] = {};
 #pragma unroll 4
   for (int i = row_in_pass; i < num_rows; i += kRowsPerPass) {
-    float x[8];
-    load_eight(x, k + int64_t{i} * step * p.k.row_stride, col, p.head_dim);
+    const uint4 eight = load_eight(k + int64_t{i} * step * p.k.row_stride, col, p.head_dim);
 #pragma unroll
     for (int j = 0; j < 8; ++j) {
-      sum[j] += x[j];
-      sum_of_squares[j] += x[j] * x[j];
+      const float x = element<Element>(eight, j);
+      sum[j] += x;
+      sum_of_squares[j] += x * x;
     }
   }
 #pragma unroll
