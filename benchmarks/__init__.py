@@ -8,6 +8,7 @@ host_time        what one call costs the CPU thread that makes it
 hbm_traffic      bytes moved through device memory, by the profiler's counters
 train_check      a small GPT trained with flash_ext and with exact attention (`make train-check`)
 gpu_check        tests, memory checker and bit repeatability on a GPU (`make gpu-check`)
+mask_pictures    what masks, biases and the like do to the softmax weights, drawn by the kernels
 claims           the numbers the package promises beside what was measured
 readme_tables    writes the recorded results into README.md
 

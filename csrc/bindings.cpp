@@ -33,11 +33,13 @@ const char* algorithm_name(Algorithm algorithm) {
 pybind11::dict plan_forward(const std::string& device_name, const std::string& algorithm,
                             const std::string& dtype, int64_t batch, int64_t heads_q,
                             int64_t heads_kv, int64_t seqlen_q, int64_t seqlen_k, int64_t head_dim,
-                            const std::string& causal, std::array<bool, 3> is_aligned) {
+                            const std::string& causal, bool is_general,
+                            std::array<bool, 3> is_aligned) {
   const c10::Device device(device_name);
   ForwardParams params;
   params.shape = {batch, heads_q, heads_kv, seqlen_q, seqlen_k, head_dim};
   params.mask = Mask::make(parse_causal("explain", causal), seqlen_q, seqlen_k);
+  params.is_general = is_general;
   TensorView* const views[] = {&params.q, &params.k, &params.v};
   for (int i = 0; i < 3; ++i) views[i]->aligned16 = is_aligned[i];
   const auto asked = parse_algorithm("explain", algorithm);
@@ -66,5 +68,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_capability", &flash_ext::cpu_backend::capability);
   m.def("plan_forward", &flash_ext::plan_forward, pybind11::kw_only(), "device"_a, "algorithm"_a,
         "dtype"_a, "batch"_a, "heads_q"_a, "heads_kv"_a, "seqlen_q"_a, "seqlen_k"_a, "head_dim"_a,
-        "causal"_a, "is_aligned"_a);
+        "causal"_a, "is_general"_a, "is_aligned"_a);
 }

@@ -47,13 +47,6 @@ bool v2_is_faster(const AttentionShape& s) {
          v3::forward_splits(s, multiprocessor_count(s)) == 1;
 }
 
-// v2's kernels serve general calls, also those for v1.
-void check_general_algorithm(Algorithm algorithm, const char* op) {
-  TORCH_CHECK(algorithm != Algorithm::kV3, "flash_ext.", op,
-              ": algorithm 'v3' must be 'auto' or 'v2' for masks, biases, windows, sinks, dropout, "
-              "packed sequences and block sparsity, got 'v3'");
-}
-
 // What "auto" stands for; raises where v3 was asked for and cannot run.
 Algorithm resolve(Algorithm algorithm, c10::ScalarType dtype, const ForwardParams& params) {
   if (algorithm != Algorithm::kAuto && algorithm != Algorithm::kV3) return algorithm;
@@ -79,14 +72,13 @@ Algorithm resolve(Algorithm algorithm, c10::ScalarType dtype, const BackwardPara
 void forward(Algorithm algorithm, c10::ScalarType dtype, ForwardParams params, c10::Device device) {
   const c10::cuda::CUDAGuard device_guard(device);
   const auto stream = c10::cuda::getCurrentCUDAStream(device.index()).stream();
-  if (params.is_general) {
-    check_general_algorithm(algorithm, "general_forward");
+  algorithm = resolve(algorithm, dtype, params);
+  if (params.is_general) {  // v1 has no kernels of its own for these
     dispatch_instance(dtype, params.shape, [&](auto element, auto head_dim) {
       launch_general_forward<typename decltype(element)::type, head_dim()>(params, stream);
     });
     return;
   }
-  algorithm = resolve(algorithm, dtype, params);
   at::Tensor workspace;
   if (const auto floats = forward_workspace_floats(algorithm, dtype, params.shape); floats > 0) {
     workspace = allocate_workspace(floats, device);
@@ -109,8 +101,8 @@ void backward(Algorithm algorithm, c10::ScalarType dtype, BackwardParams params,
               c10::Device device) {
   const c10::cuda::CUDAGuard device_guard(device);
   const auto stream = c10::cuda::getCurrentCUDAStream(device.index()).stream();
+  const bool is_v3 = resolve(algorithm, dtype, params) == Algorithm::kV3;
   if (params.is_general) {
-    check_general_algorithm(algorithm, "general_backward");
     const auto workspace = allocate_workspace(general_backward_workspace_floats(params), device);
     params.workspace = workspace.mutable_data_ptr<float>();
     dispatch_instance(dtype, params.shape, [&](auto element, auto head_dim) {
@@ -118,7 +110,6 @@ void backward(Algorithm algorithm, c10::ScalarType dtype, BackwardParams params,
     });
     return;
   }
-  const bool is_v3 = resolve(algorithm, dtype, params) == Algorithm::kV3;
   const auto workspace = allocate_workspace(
       is_v3 ? v3::backward_workspace_floats(params)
             : backward_workspace_floats(params, multiprocessor_count(params.shape)),
@@ -141,6 +132,13 @@ ForwardPlan plan_forward(Algorithm algorithm, c10::ScalarType dtype, const Forwa
   ForwardPlan plan;
   plan.algorithm = resolve(algorithm, dtype, params);
   plan.v3_refusal = v3_refusal_on_current_device(dtype, params);
+  if (params.is_general) {
+    plan.algorithm = Algorithm::kV2;
+    dispatch_instance(dtype, params.shape, [&](auto element, auto head_dim) {
+      plan.kernel = plan_general_forward<typename decltype(element)::type, head_dim()>(params);
+    });
+    return plan;
+  }
   // out is allocated, and dout copied, as the backward wants them: q, k and v decide here, too.
   const bool may_be_v3 = algorithm == Algorithm::kAuto || algorithm == Algorithm::kV3;
   if (may_be_v3 && plan.v3_refusal.empty()) plan.backward = Algorithm::kV3;

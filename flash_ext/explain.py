@@ -6,7 +6,7 @@ import torch
 
 from flash_ext import cost
 from flash_ext.extension import _C
-from flash_ext.interface import as_4d, causal_mode
+from flash_ext.interface import GENERAL_ARGUMENTS, as_4d, causal_mode
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,9 @@ def explain(q, k, v, *, causal=False, scale=None, algorithm="auto", **general):
     are those beyond plain attention. FLOPs and memory traffic are then of the same call without them; packed
     sequences are not explained.
     """
-    if general:
+    given = (general.get(name) for name in GENERAL_ARGUMENTS)
+    is_general = any(isinstance(x, torch.Tensor) or x for x in given)
+    if is_general:
         _check_general(q, k, v, causal_mode(causal), scale, algorithm, general)
     mode = causal_mode(causal)
     if q.dim() == 3:
@@ -80,6 +82,7 @@ def explain(q, k, v, *, causal=False, scale=None, algorithm="auto", **general):
         seqlen_k=seqlen_k,
         head_dim=head_dim,
         causal=mode,
+        is_general=is_general,
         is_aligned=[_is_aligned(x) for x in (q, k, v)],
     )
     v3_refusal = plan.pop("v3_refusal")
@@ -99,22 +102,17 @@ def explain(q, k, v, *, causal=False, scale=None, algorithm="auto", **general):
 def _check_general(q, k, v, mode, scale, algorithm, general):
     if "cu_seqlens_q" in general or "cu_seqlens_k" in general:
         raise ValueError("flash_ext.explain: cu_seqlens_q must not be given, got packed sequences")
-    if q.is_cuda:
-        raise RuntimeError(
-            f"flash_ext.explain: q must be on the CPU, whose kernels alone have {', '.join(general)}, "
-            f"got {q.device}"
-        )
     if q.dim() == 3:
         q, k, v = q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1)
     if general.get("attn_mask") is not None:
         general["attn_mask"] = as_4d(general["attn_mask"], has_heads=True)
     if general.get("dropout_p"):
         general.setdefault("rng_state", torch.zeros(2, dtype=torch.int64))
-    given = {name: x for name, x in general.items() if x is not None}
-    for name, x in given.items():
+    general = {name: x for name, x in general.items() if x is not None}
+    for name, x in general.items():
         if isinstance(x, torch.Tensor) and x.device != q.device:
             raise RuntimeError(f"flash_ext.explain: {name} must be on {q.device} like q, got {x.device}")
-    on_meta = {name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in given.items()}
+    on_meta = {name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in general.items()}
     qkv = (x.to("meta") for x in (q, k, v))
     torch.ops.flash_ext.general_forward(*qkv, scale=scale, causal=mode, algorithm=algorithm, **on_meta)
 

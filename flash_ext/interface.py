@@ -1,7 +1,6 @@
 """The functions people call: thin layers over torch.ops.flash_ext.forward and general_forward."""
 
 import functools
-import inspect
 
 import torch
 
@@ -12,6 +11,12 @@ _general_forward = torch.ops.flash_ext.general_forward.default
 
 # The operator's names for the public values of `causal`.
 CAUSAL_MODES = {False: "none", True: "bottom_right", "bottom_right": "bottom_right", "top_left": "top_left"}
+
+# The arguments that make a call more than plain attention; the others say how.
+GENERAL_ARGUMENTS = (
+    "attn_mask", "window", "alibi_slopes", "softcap", "sinks", "dropout_p", "seqlens_k", "cu_seqlens_q",
+    "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "block_mask",
+)  # fmt: skip
 
 
 def causal_mode(causal):
@@ -26,8 +31,11 @@ def causal_mode(causal):
 
 
 def flash_attention(
-    q, k, v, *, causal=False, scale=None, return_lse=False, algorithm="auto", deterministic=None, **general
-):
+    q, k, v, *, causal=False, scale=None, return_lse=False, algorithm="auto", deterministic=None,
+    attn_mask=None, window=None, alibi_slopes=None, softcap=0.0, sinks=None, dropout_p=0.0, rng_state=None,
+    seqlens_k=None, cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None,
+    block_mask=None, block_size=128, validate=False,
+):  # fmt: skip
     """Exact attention, ``softmax(mask(scale * q @ k.T)) @ v``, in memory linear in the sequence length.
 
     Differentiable once in q, k and v, through `out` and through `lse`. Works under autocast (as
@@ -87,29 +95,17 @@ def flash_attention(
     Sources: FlashAttention, arXiv 2205.14135, Algorithm 1 (v1); FlashAttention-2, arXiv 2307.08691,
     Algorithms 1 (v2) and 2 (the gradients of all); FlashAttention-3, arXiv 2407.08608, Algorithm 2 (v3).
     """
-    if general:
-        return _general_attention(
-            q, k, v, causal=causal, scale=scale, return_lse=return_lse, algorithm=algorithm,
-            deterministic=deterministic, **general,
-        )  # fmt: skip
     options = (scale, causal_mode(causal), algorithm, bool(deterministic))
-    out, lse = _call(_forward, q, k, v, *options) if q.dim() == 3 else _forward(q, k, v, *options)
-    return (out, lse) if return_lse else out
-
-
-def _general_attention(
-    q, k, v, *, causal, scale, return_lse, algorithm, deterministic, attn_mask=None, window=None,
-    alibi_slopes=None, softcap=0.0, sinks=None, dropout_p=0.0, rng_state=None, seqlens_k=None,
-    cu_seqlens_q=None, cu_seqlens_k=None, max_seqlen_q=None, max_seqlen_k=None, block_mask=None,
-    block_size=128, validate=False,
-):  # fmt: skip
-    has_heads = q.dim() == 4 or cu_seqlens_q is not None
-    given = (attn_mask, alibi_slopes, sinks, seqlens_k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    if not softcap and not dropout_p and window is block_mask is None and all(x is None for x in given):
-        return flash_attention(
-            q, k, v, causal=causal, scale=scale, return_lse=return_lse, algorithm=algorithm,
-            deterministic=deterministic,
-        )  # fmt: skip
+    is_plain = (
+        attn_mask is window is alibi_slopes is sinks is seqlens_k is block_mask is None
+        and cu_seqlens_q is cu_seqlens_k is max_seqlen_q is max_seqlen_k is None
+        and not softcap
+        and not dropout_p
+    )
+    has_heads = q.dim() != 3 or cu_seqlens_q is not None
+    if is_plain:
+        out, lse = _forward(q, k, v, *options) if has_heads else _call(_forward, q, k, v, *options)
+        return (out, lse) if return_lse else out
     if dropout_p and rng_state is None:
         rng_state = torch.randint(0, (1 << 63) - 1, (2,), device=q.device)
     if attn_mask is not None:
@@ -117,19 +113,10 @@ def _general_attention(
     call = _general_forward if has_heads else functools.partial(_call, _general_forward)
     out, lse = call(
         q, k, v, attn_mask, alibi_slopes, sinks, rng_state, seqlens_k, cu_seqlens_q, cu_seqlens_k, block_mask,
-        block_size, max_seqlen_q, max_seqlen_k, (-1, -1) if window is None else window, softcap, dropout_p, scale,
-        causal_mode(causal), algorithm, bool(deterministic), validate,
+        block_size, max_seqlen_q, max_seqlen_k, (-1, -1) if window is None else window, softcap, dropout_p,
+        *options, validate,
     )  # fmt: skip
     return (out, lse) if return_lse else out
-
-
-def _with_all_arguments(function, without=()):
-    """Names the arguments of `_general_attention` in the signature of a function that passes them on."""
-    plain = inspect.signature(flash_attention, follow_wrapped=False).parameters.values()
-    general = inspect.signature(_general_attention).parameters.values()
-    names = {p.name: p for p in (*general, *plain) if p.name not in (*without, "general")}
-    function.__signature__ = inspect.Signature(names.values())
-    return function
 
 
 def _call(operator, q, k, v, *options):
@@ -149,27 +136,20 @@ def as_4d(mask, has_heads):
     return mask[(None,) * (4 - mask.dim())] if mask.dim() < 4 else mask
 
 
-def _fix_algorithm(name, doc):
-    def attention(q, k, v, **options):
-        return flash_attention(q, k, v, algorithm=name, **options)
-
-    attention.__name__ = attention.__qualname__ = f"flash_attention_{name}"
-    attention.__doc__ = doc
-    return _with_all_arguments(attention, without=("algorithm",))
+def flash_attention_v1(q, k, v, **options):
+    """`flash_attention` by FlashAttention's Algorithm 1 (arXiv 2205.14135): outer loop over keys."""
+    return flash_attention(q, k, v, algorithm="v1", **options)
 
 
-flash_attention_v1 = _fix_algorithm(
-    "v1", "`flash_attention` by FlashAttention's Algorithm 1 (arXiv 2205.14135): outer loop over keys."
-)
-flash_attention_v2 = _fix_algorithm(
-    "v2", "`flash_attention` by FlashAttention-2's Algorithm 1 (arXiv 2307.08691): outer loop over queries."
-)
-flash_attention_v3 = _fix_algorithm(
-    "v3",
-    """`flash_attention` by FlashAttention-3's Algorithm 2 (arXiv 2407.08608): TMA, wgmma, asynchrony.
+def flash_attention_v2(q, k, v, **options):
+    """`flash_attention` by FlashAttention-2's Algorithm 1 (arXiv 2307.08691): outer loop over queries."""
+    return flash_attention(q, k, v, algorithm="v2", **options)
+
+
+def flash_attention_v3(q, k, v, **options):
+    """`flash_attention` by FlashAttention-3's Algorithm 2 (arXiv 2407.08608): warps specialised for Hopper.
 
     Raises RuntimeError also where it cannot run: on another GPU than Hopper (compute capability 9.0), for
     float32, and for q, k or v whose rows do not begin at multiples of 16 bytes.
-    """,
-)
-_with_all_arguments(flash_attention)
+    """
+    return flash_attention(q, k, v, algorithm="v3", **options)

@@ -36,14 +36,19 @@ inline std::string refusal(const AttentionShape& shape, std::initializer_list<In
   return {};
 }
 
+inline constexpr auto kNotGeneral =
+    "has no masks, biases, windows, sinks, dropout, lengths of sequences or block sparsity";
+
 inline std::string refusal(const ForwardParams& p, int element_bytes, bool is_compiled_in,
                            int compute_capability) {
+  if (p.is_general) return kNotGeneral;
   return refusal(p.shape, {{"q", p.q}, {"k", p.k}, {"v", p.v}}, element_bytes, is_compiled_in,
                  compute_capability);
 }
 
 inline std::string refusal(const BackwardParams& p, int element_bytes, bool is_compiled_in,
                            int compute_capability) {
+  if (p.is_general) return kNotGeneral;
   return refusal(p.shape, {{"q", p.q}, {"k", p.k}, {"v", p.v}, {"out", p.out}, {"dout", p.dout}},
                  element_bytes, is_compiled_in, compute_capability);
 }
