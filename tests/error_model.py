@@ -79,7 +79,9 @@ class ErrorModel:
         dot = dot * self.cap**2 + (self.eps * self.softcap) ** 2
         self.p_relative_variance = dot + self.eps**2 * (terms.square() + 4)
         self.p_dropped = self.p * self.dropout
-        self.p_rounding = self._rounding(self.p_dropped) + self.underflow
+        # P may become 0 before dropout multiplies it.
+        underflow = self.underflow * max(1.0, float(torch.as_tensor(self.dropout).max())) ** 2
+        self.p_rounding = self._rounding(self.p_dropped) + underflow
 
     def _rounding(self, x):
         """Variance from rounding an operand of a matrix product; fp32 and fp64 are not rounded again."""
