@@ -1,5 +1,7 @@
 """The operators as the tests call them: with small tiles on the CPU, and compared bit by bit."""
 
+from contextlib import contextmanager
+
 import torch
 from inputs import ALIGNED_LAYOUTS
 from matrix import CPU_TILE, HALF_DTYPES
@@ -70,6 +72,36 @@ def assert_same_bits(actual, expected, what):
                 f"{what}: {int(different.sum())} of {a.numel()} elements of {name} differ in their bits, "
                 f"first at {where}: {a[where].item()!r} is not {b[where].item()!r}"
             )
+
+
+@contextmanager
+def nan_in_fresh_memory():
+    """NaN in all memory that torch hands out uninitialised, results and workspace alike."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert torch.utils.deterministic.fill_uninitialized_memory
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def assert_nan_in_fresh_memory_does_not_show(tensors, **options):
+    expected = forward_backward(*tensors, **options)
+    with nan_in_fresh_memory():
+        actual = forward_backward(*tensors, **options)
+    assert_same_bits(actual, expected, "uninitialised memory filled with NaN")
+
+
+def assert_subset_of_gradients(q, k, v, dout, needs, **options):
+    """Each gradient is the same whatever else is asked for; what is not asked for is empty."""
+    out, lse = forward(q, k, v, **options)
+    everything = backward(dout, q, k, v, out, lse, **options)
+    some = backward(dout, q, k, v, out, lse, needs=needs, **options)
+    for need, gradient, expected in zip(needs, some, everything, strict=True):
+        if need:
+            assert_same_bits([gradient], [expected], "a subset of the gradients")
+        else:
+            assert gradient.numel() == 0
 
 
 def extra_memory(call):

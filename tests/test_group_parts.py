@@ -5,7 +5,15 @@ import math
 
 import pytest
 import torch
-from calls import assert_same_bits, backward, extra_memory, forward, forward_backward
+from calls import (
+    assert_nan_in_fresh_memory_does_not_show,
+    assert_same_bits,
+    assert_subset_of_gradients,
+    backward,
+    extra_memory,
+    forward,
+    forward_backward,
+)
 from inputs import LAYOUTS, Shape, lay_out, make_qkv_dout
 from matrix import (
     CAUSAL_MODES,
@@ -114,15 +122,7 @@ def test_subsets_of_gradients(device, dtype, heads, needs):
     q, k, v, dout = make_qkv_dout(
         Shape(2, *heads, long_enough(device), length((1, 5), device), 40), dtype, device
     )
-    options = {"causal": "bottom_right", "deterministic": True, **V2}
-    out, lse = forward(q, k, v, **options)
-    everything = backward(dout, q, k, v, out, lse, **options)
-    some = backward(dout, q, k, v, out, lse, needs=needs, **options)
-    for need, gradient, expected in zip(needs, some, everything, strict=True):
-        if need:
-            assert_same_bits([gradient], [expected], "a subset of the gradients")
-        else:
-            assert gradient.numel() == 0
+    assert_subset_of_gradients(q, k, v, dout, needs, causal="bottom_right", deterministic=True, **V2)
 
 
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "contiguous"])
@@ -145,14 +145,7 @@ def test_every_element_is_written(device, dtype, head_dim):
     shape = Shape(2, 8, 1, long_enough(device), length((1, 7), device), head_dim)
     tensors = make_qkv_dout(shape, dtype, device)
     options = {"causal": "bottom_right", "deterministic": True, **V2}
-    expected = forward_backward(*tensors, **options)
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert torch.utils.deterministic.fill_uninitialized_memory
-        actual = forward_backward(*tensors, **options)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert_same_bits(actual, expected, "uninitialised memory filled with NaN")
+    assert_nan_in_fresh_memory_does_not_show(tensors, **options)
 
 
 # ---- the same bits -----------------------------------------------------------------------------------

@@ -4,7 +4,15 @@ import math
 
 import pytest
 import torch
-from calls import ALGORITHMS, BACKWARD_ALGORITHMS, assert_same_bits, backward, forward, forward_backward
+from calls import (
+    ALGORITHMS,
+    BACKWARD_ALGORITHMS,
+    assert_nan_in_fresh_memory_does_not_show,
+    assert_same_bits,
+    backward,
+    forward,
+    forward_backward,
+)
 from inputs import LAYOUTS, Shape, far_apart, lay_out, make_qkv_dout, with_absurd_strides
 from matrix import DTYPES, dtype_name, length
 
@@ -205,14 +213,7 @@ def test_F26_every_element_of_every_result_is_written(device, dtype, algorithm):
     """With NaN in all memory that torch hands out uninitialised, results and workspace alike."""
     tensors = make_qkv_dout(shape_for(device, seqlen_q=100, seqlen_k=50), dtype, device)
     options = {"causal": "bottom_right", "algorithm": algorithm, "deterministic": True}
-    expected = forward_backward(*tensors, **options)
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert torch.utils.deterministic.fill_uninitialized_memory
-        actual = forward_backward(*tensors, **options)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    assert_same_bits(actual, expected, "uninitialised memory filled with NaN")
+    assert_nan_in_fresh_memory_does_not_show(tensors, **options)
 
 
 @pytest.mark.parametrize("head_dim", [40, 59])

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from calls import assert_same_bits, forward
+from calls import assert_same_bits, forward, nan_in_fresh_memory
 from inputs import FAMILIES, LAYOUTS, Shape, lay_out, make_qkv
 from matrix import CAUSAL_MODES, DTYPES, dtype_name
 from numerics import check_forward
@@ -83,14 +83,10 @@ def test_same_bits(algorithm, dtype, head_dim, causal):
     options = {"causal": causal, "algorithm": algorithm}
     first = forward(q, k, v, **options)
     order = torch.tensor([2, 0, 1, 1] * 20, device="cuda")
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert torch.utils.deterministic.fill_uninitialized_memory
+    with nan_in_fresh_memory():
         for i in range(3):
             assert_same_bits(forward(q, k, v, **options), first, f"repetition {i}")
         moved = forward(q[order], k[order], v[order], **options)
-    finally:
-        torch.use_deterministic_algorithms(False)
     assert_same_bits(moved, [x[order] for x in first], "sequences reordered")
 
 

@@ -32,7 +32,7 @@ struct Config {
   static constexpr int kNumThreads = (1 + kConsumers) * 128;
   // How many steps of dP^T = V dO^T along head_dim find V in registers: shared memory binds, and
   // every step less that reads V from there is time. As many as leave no spills in the loop over
-  // steps. H200, bf16, over none: 3 to 4% at head_dim 128, 2 to 3% at 64.
+  // steps. H200, bf16, over none, from 2k tokens on: 3 to 4% at head_dim 128, 1 to 3% at 64.
   static constexpr int kVSteps = kHeadDim == 128 && !kIsDeterministic ? 5 : 3;
   // Registers of a thread: a launch gives every thread 65,536 / 384, rounded down to a multiple of
   // 8, and no more can be moved from the producer to the consumers.

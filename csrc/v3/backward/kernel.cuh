@@ -25,14 +25,14 @@
 // What binds is shared memory. At head_dim 128 a step took 3,485 clocks with all of V read from
 // there, in which ncu counts 2,670 wavefronts (and not TMA's 512): S and dP read 128 bytes a clock,
 // dV and dK 64, dQ 96, beside dS, dQ on its way out, and the row statistics, which every thread
-// reads. The tensor cores need 2,560. So a part of V stays in registers (Config::kVSteps): 3 to 4%.
-// H200, measured and dropped at head_dim 128: both warpgroups computing half of each dQ a step
+// reads. The tensor cores need 2,560. So a part of V stays in registers (Config::kVSteps).
+// H200, measured and dropped, at head_dim 128: both warpgroups computing half of each dQ a step
 // later, so that neither waits, 2 to 4% slower; dQ from registers by red.v4, half the columns each,
-// 1 to 8%; dQ's first summand stored instead of added to zeros, 6%; dQ's last one followed by the
-// conversion to elements, 250%; its zeros written by this kernel shortly before, 2 to 6% at 512
+// 1 to 9%; dQ's first summand stored instead of added to zeros, 6%; dQ's last one followed by the
+// conversion to elements, 250%; its zeros written by this kernel shortly before, 4 to 6% at 512
 // (they have left L2 when they are added to); all three kernels for a few batch entries at a time,
-// so that the accumulator stays in L2, 8 to 50% at 512, 1 to 10% at 2k; the next tile's first
-// operands fetched to L2 by the producer, 3 to 9%; dV before dS: C7512.
+// so that the accumulator stays in L2, 3 to 38% at 512, 5 to 13% at 2k; the next tile's first
+// operands fetched to L2 by the producer, which then spilled more, 2 to 11%; dV before dS: C7512.
 //
 // Barriers                     who arrives                        who waits
 //   tile full                  the producer                       everyone else
