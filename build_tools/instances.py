@@ -17,6 +17,7 @@ HEAD_DIMS = (64, 128, 256)
 HEAD_DIMS_SM90 = {
     "backward_v3": {64: (64,), 128: (128,), 256: (256,)},
     "forward_v3": {64: (64,), 128: (96, 128), 256: (192, 256)},
+    "general_forward_v3": {64: (64,), 128: (128,), 256: ()},
 }
 DTYPES_SM90 = ("bf16", "fp16")
 
@@ -27,6 +28,7 @@ _HEADERS = {
     "forward_v3": "v3/forward/launch.cuh",
     "backward_v3": "v3/backward/launch.cuh",
     "general_forward": "v2/general_launch.cuh",
+    "general_forward_v3": "v3/forward/general_launch.cuh",
     "general_backward": "backward/general/launch.cuh",
 }
 
@@ -52,6 +54,8 @@ class Selection:
         if self.has_sm90 and dtypes:
             for kernel, own in HEAD_DIMS_SM90.items():
                 head_dims = tuple(d for head_dim in self.head_dims for d in own[head_dim])
+                if not head_dims:
+                    continue
                 yield f"FLASH_EXT_{kernel.upper()}", (kernel,), dtypes, head_dims
 
     def kernels(self):

@@ -3,7 +3,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
+#include <string>
+#include <vector>
 
 #include "backend.h"
 #include "checks.h"
@@ -28,18 +31,43 @@ const char* algorithm_name(Algorithm algorithm) {
   }
 }
 
-// The kernel that torch.ops.flash_ext.forward would run on tensors of this shape; `is_aligned`: of
-// q, k and v, whether their rows begin at multiples of 16 bytes.
+// What decides about a general call: which features it has, but none of their tensors.
+GeneralParams describe_general(const std::string& causal, const AttentionShape& shape,
+                               std::array<int64_t, 2> window, double softcap,
+                               const std::vector<std::string>& given) {
+  static int present;
+  const auto pointer = [&](const char* name) -> int* {
+    return std::find(given.begin(), given.end(), name) != given.end() ? &present : nullptr;
+  };
+  GeneralParams general(parse_causal("explain", causal), shape.seqlen_q, shape.seqlen_k);
+  general.window_left = window[0];
+  general.window_right = window[1];
+  general.softcap = softcap;
+  general.mask.data = pointer("attn_mask");
+  general.block_mask.data = pointer("block_mask");
+  general.alibi_slopes.data = pointer("alibi_slopes");
+  general.sinks.data = pointer("sinks");
+  general.dropout.rng_state = reinterpret_cast<const uint64_t*>(pointer("dropout_p"));
+  general.sequences.seqlens_k = pointer("seqlens_k");
+  return general;
+}
+
+// The kernel that torch.ops.flash_ext.forward, or general_forward, would run on tensors of this
+// shape; `is_aligned`: of q, k and v, whether their rows begin at multiples of 16 bytes; `given`:
+// the names of the arguments beyond plain attention.
 pybind11::dict plan_forward(const std::string& device_name, const std::string& algorithm,
                             const std::string& dtype, int64_t batch, int64_t heads_q,
                             int64_t heads_kv, int64_t seqlen_q, int64_t seqlen_k, int64_t head_dim,
-                            const std::string& causal, bool is_general,
-                            std::array<bool, 3> is_aligned) {
+                            const std::string& causal, std::array<bool, 3> is_aligned, double scale,
+                            std::array<int64_t, 2> window, double softcap,
+                            const std::vector<std::string>& given) {
   const c10::Device device(device_name);
   ForwardParams params;
   params.shape = {batch, heads_q, heads_kv, seqlen_q, seqlen_k, head_dim};
   params.mask = Mask::make(parse_causal("explain", causal), seqlen_q, seqlen_k);
-  params.is_general = is_general;
+  params.softmax_scale = scale;
+  params.is_general = !given.empty();
+  if (params.is_general) params.general = describe_general(causal, params.shape, window, softcap, given);
   TensorView* const views[] = {&params.q, &params.k, &params.v};
   for (int i = 0; i < 3; ++i) views[i]->aligned16 = is_aligned[i];
   const auto asked = parse_algorithm("explain", algorithm);
@@ -68,5 +96,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_capability", &flash_ext::cpu_backend::capability);
   m.def("plan_forward", &flash_ext::plan_forward, pybind11::kw_only(), "device"_a, "algorithm"_a,
         "dtype"_a, "batch"_a, "heads_q"_a, "heads_kv"_a, "seqlen_q"_a, "seqlen_k"_a, "head_dim"_a,
-        "causal"_a, "is_general"_a, "is_aligned"_a);
+        "causal"_a, "is_aligned"_a, "scale"_a, "window"_a, "softcap"_a, "given"_a);
 }

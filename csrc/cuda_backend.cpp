@@ -36,7 +36,8 @@ template <typename Params>
 std::string v3_refusal_on_current_device(c10::ScalarType dtype, const Params& params) {
   const int major = device_attribute(cudaDevAttrComputeCapabilityMajor, params.shape);
   const int minor = device_attribute(cudaDevAttrComputeCapabilityMinor, params.shape);
-  return v3::refusal(params, static_cast<int>(c10::elementSize(dtype)), kHasV3, 10 * major + minor);
+  return v3::refusal(params, static_cast<int>(c10::elementSize(dtype)),
+                     params.is_general ? kHasGeneralV3 : kHasV3, 10 * major + minor);
 }
 
 // One short head of at most 64, with too few keys for v3 to split: v2 splits them between warps. It
@@ -52,9 +53,11 @@ Algorithm resolve(Algorithm algorithm, c10::ScalarType dtype, const ForwardParam
   if (algorithm != Algorithm::kAuto && algorithm != Algorithm::kV3) return algorithm;
   const auto refusal = v3_refusal_on_current_device(dtype, params);
   if (algorithm == Algorithm::kAuto) {
-    return refusal.empty() && !v2_is_faster(params.shape) ? Algorithm::kV3 : Algorithm::kV2;
+    const bool takes_v2 = !params.is_general && v2_is_faster(params.shape);
+    return refusal.empty() && !takes_v2 ? Algorithm::kV3 : Algorithm::kV2;
   }
-  TORCH_CHECK(refusal.empty(), "flash_ext.forward: algorithm 'v3' ", refusal);
+  TORCH_CHECK(refusal.empty(), "flash_ext.", params.is_general ? "general_forward" : "forward",
+              ": algorithm 'v3' ", refusal);
   return algorithm;
 }
 
@@ -73,7 +76,13 @@ void forward(Algorithm algorithm, c10::ScalarType dtype, ForwardParams params, c
   const c10::cuda::CUDAGuard device_guard(device);
   const auto stream = c10::cuda::getCurrentCUDAStream(device.index()).stream();
   algorithm = resolve(algorithm, dtype, params);
-  if (params.is_general) {  // v1 has no kernels of its own for these
+  if (params.is_general && algorithm == Algorithm::kV3) {
+    dispatch_general_forward_v3(dtype, params.shape, [&](auto element, auto head_dim) {
+      launch_general_forward_v3<typename decltype(element)::type, head_dim()>(params, stream);
+    });
+    return;
+  }
+  if (params.is_general) {  // v2's kernels, also for v1
     dispatch_instance(dtype, params.shape, [&](auto element, auto head_dim) {
       launch_general_forward<typename decltype(element)::type, head_dim()>(params, stream);
     });
@@ -101,8 +110,7 @@ void backward(Algorithm algorithm, c10::ScalarType dtype, BackwardParams params,
               c10::Device device) {
   const c10::cuda::CUDAGuard device_guard(device);
   const auto stream = c10::cuda::getCurrentCUDAStream(device.index()).stream();
-  const bool is_v3 = resolve(algorithm, dtype, params) == Algorithm::kV3;
-  if (params.is_general) {
+  if (params.is_general) {  // one set of kernels, whatever computed the forward
     const auto workspace = allocate_workspace(general_backward_workspace_floats(params), device);
     params.workspace = workspace.mutable_data_ptr<float>();
     dispatch_instance(dtype, params.shape, [&](auto element, auto head_dim) {
@@ -110,6 +118,7 @@ void backward(Algorithm algorithm, c10::ScalarType dtype, BackwardParams params,
     });
     return;
   }
+  const bool is_v3 = resolve(algorithm, dtype, params) == Algorithm::kV3;
   const auto workspace = allocate_workspace(
       is_v3 ? v3::backward_workspace_floats(params)
             : backward_workspace_floats(params, multiprocessor_count(params.shape)),
@@ -133,10 +142,15 @@ ForwardPlan plan_forward(Algorithm algorithm, c10::ScalarType dtype, const Forwa
   plan.algorithm = resolve(algorithm, dtype, params);
   plan.v3_refusal = v3_refusal_on_current_device(dtype, params);
   if (params.is_general) {
-    plan.algorithm = Algorithm::kV2;
-    dispatch_instance(dtype, params.shape, [&](auto element, auto head_dim) {
-      plan.kernel = plan_general_forward<typename decltype(element)::type, head_dim()>(params);
-    });
+    if (plan.algorithm == Algorithm::kV3) {
+      dispatch_general_forward_v3(dtype, params.shape, [&](auto element, auto head_dim) {
+        plan.kernel = plan_general_forward_v3<typename decltype(element)::type, head_dim()>(params);
+      });
+    } else {
+      dispatch_instance(dtype, params.shape, [&](auto element, auto head_dim) {
+        plan.kernel = plan_general_forward<typename decltype(element)::type, head_dim()>(params);
+      });
+    }
     return plan;
   }
   // out is allocated, and dout copied, as the backward wants them: q, k and v decide here, too.

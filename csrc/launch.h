@@ -35,7 +35,11 @@ void launch_general_backward(const BackwardParams& params, CudaStream stream);
 template <typename Element, int kHeadDim>
 void launch_forward_v3(const ForwardParams& params, CudaStream stream);
 
-// Likewise; kHeadDim 64, 128 or 256.
+// For general calls that v3::general_refusal() accepts; kHeadDim 64 or 128.
+template <typename Element, int kHeadDim>
+void launch_general_forward_v3(const ForwardParams& params, CudaStream stream);
+
+// For plain calls that v3::refusal() accepts; kHeadDim 64, 128 or 256.
 template <typename Element, int kHeadDim>
 void launch_backward_v3(const BackwardParams& params, CudaStream stream);
 
@@ -59,5 +63,8 @@ KernelPlan plan_general_forward(const ForwardParams& params);
 
 template <typename Element, int kHeadDim>
 KernelPlan plan_forward_v3(const ForwardParams& params);
+
+template <typename Element, int kHeadDim>
+KernelPlan plan_general_forward_v3(const ForwardParams& params);
 
 }  // namespace flash_ext

@@ -53,9 +53,8 @@ def explain(q, k, v, *, causal=False, scale=None, algorithm="auto", **general):
     are those beyond plain attention. FLOPs and memory traffic are then of the same call without them; packed
     sequences are not explained.
     """
-    given = (general.get(name) for name in GENERAL_ARGUMENTS)
-    is_general = any(isinstance(x, torch.Tensor) or x for x in given)
-    if is_general:
+    given = [name for name in GENERAL_ARGUMENTS if _is_given(general.get(name))]
+    if given:
         _check_general(q, k, v, causal_mode(causal), scale, algorithm, general)
     mode = causal_mode(causal)
     if q.dim() == 3:
@@ -82,8 +81,11 @@ def explain(q, k, v, *, causal=False, scale=None, algorithm="auto", **general):
         seqlen_k=seqlen_k,
         head_dim=head_dim,
         causal=mode,
-        is_general=is_general,
         is_aligned=[_is_aligned(x) for x in (q, k, v)],
+        scale=head_dim**-0.5 if scale is None else scale,
+        window=general.get("window") or (-1, -1),
+        softcap=general.get("softcap") or 0.0,
+        given=given,
     )
     v3_refusal = plan.pop("v3_refusal")
     if plan["algorithm"] == "v1":
@@ -107,7 +109,7 @@ def _check_general(q, k, v, mode, scale, algorithm, general):
     if general.get("attn_mask") is not None:
         general["attn_mask"] = as_4d(general["attn_mask"], has_heads=True)
     if general.get("dropout_p"):
-        general.setdefault("rng_state", torch.zeros(2, dtype=torch.int64))
+        general.setdefault("rng_state", torch.zeros(2, dtype=torch.int64, device=q.device))
     general = {name: x for name, x in general.items() if x is not None}
     for name, x in general.items():
         if isinstance(x, torch.Tensor) and x.device != q.device:
@@ -115,6 +117,10 @@ def _check_general(q, k, v, mode, scale, algorithm, general):
     on_meta = {name: x.to("meta") if isinstance(x, torch.Tensor) else x for name, x in general.items()}
     qkv = (x.to("meta") for x in (q, k, v))
     torch.ops.flash_ext.general_forward(*qkv, scale=scale, causal=mode, algorithm=algorithm, **on_meta)
+
+
+def _is_given(value):
+    return isinstance(value, torch.Tensor) or bool(value)
 
 
 def _reasons(q, k, v, asked, taken, v3_refusal):

@@ -107,6 +107,27 @@ def reduce_to(x, shape):
     return x
 
 
+def error_model(q, k, v, exact, exact_lse, features, causal, scale):
+    """And the bias that it is made with."""
+    visible, bias, dropout = dense_meaning(q, k, features, causal)
+    softcap = features.get("softcap", 0.0)
+    model = ErrorModel(q, k, v, exact, exact_lse, visible, default_scale(q, scale), bias, softcap, dropout)
+    return model, bias
+
+
+def check_forward(q, k, v, features, *, algorithm="v2", causal="none", scale=None):
+    """Output and log-sum-exp alone, by the gates of numerics.py. What they are written to is NaN before."""
+    for x in (q, q[..., 0].float()):
+        torch.full_like(x, math.nan)  # freed at once, and handed out again
+    out, lse = call(q, k, v, features, algorithm=algorithm, causal=causal, scale=scale)
+    doubles = (x.double() for x in (q, k, v))
+    exact, exact_lse = attention_reference(*doubles, causal=causal_argument(causal), scale=scale, **features)
+    model, _ = error_model(q, k, v, exact, exact_lse, features, causal, scale)
+    assert_lse(lse, exact_lse, model.lse_sigma())
+    assert_within(out, exact, model.out_sigma(), "out")
+    return out, lse
+
+
 def check_call(q, k, v, dout, dlse, features, *, algorithm="v2", causal="none", scale=None, tile=(16, 16)):
     """Forward and every gradient, by the gates of numerics.py."""
     names = [name for name in ("attn_mask", "alibi_slopes", "sinks") if name in features]
@@ -124,10 +145,7 @@ def check_call(q, k, v, dout, dlse, features, *, algorithm="v2", causal="none", 
     expected = torch.autograd.grad(loss, doubles)
     exact, exact_lse = exact.detach(), exact_lse.detach()
 
-    visible, bias, dropout = dense_meaning(q, k, features, causal)
-    model = ErrorModel(
-        q, k, v, exact, exact_lse, visible, default_scale(q, scale), bias, features.get("softcap", 0.0), dropout
-    )
+    model, bias = error_model(q, k, v, exact, exact_lse, features, causal, scale)
     assert_lse(lse, exact_lse, model.lse_sigma())
     assert_within(out, exact, model.out_sigma(), "out")
     sigmas = model.gradient_sigmas(dout, dlse, *expected[:3])

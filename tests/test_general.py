@@ -249,10 +249,9 @@ def test_refused(case):
 def test_explain(device):
     q, k, v = make_qkv(Shape(2, 4, 2, 100, 120, 64), torch.bfloat16, device)
     explanation = flash_ext.explain(q, k, v, softcap=30.0, window=(10, 0), causal=True)
-    assert explanation.algorithm == explanation.backward == "v2"
+    assert explanation.backward == "v2"
     if device == "cuda":
         assert explanation.num_thread_blocks > 0
-        assert any("v3 has no masks" in reason for reason in explanation.reasons)
 
 
 def test_masks_are_taken_where_they_lie(device):

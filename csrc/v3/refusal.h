@@ -1,6 +1,7 @@
 // Which calls v3 can serve. Asked before a launch, by the dispatcher and by explain().
 #pragma once
 
+#include <cmath>
 #include <initializer_list>
 #include <string>
 
@@ -36,19 +37,39 @@ inline std::string refusal(const AttentionShape& shape, std::initializer_list<In
   return {};
 }
 
-inline constexpr auto kNotGeneral =
-    "has no masks, biases, windows, sinks, dropout, lengths of sequences or block sparsity";
+// What of general attention v3 has no kernels for.
+inline std::string general_refusal(const AttentionShape& shape, const GeneralParams& general,
+                                   double softmax_scale) {
+  const auto lacks = [](const char* name) { return std::string("has no kernels with ") + name; };
+  if (general.sequences.is_packed()) return lacks("cu_seqlens_q");
+  if (general.sequences.seqlens_k != nullptr) return lacks("seqlens_k");
+  if (general.mask.data != nullptr) return lacks("attn_mask");
+  if (general.block_mask.data != nullptr) return lacks("block_mask");
+  if (general.dropout.rng_state != nullptr) return lacks("dropout_p");
+  if (shape.head_dim > 128) {
+    return "needs a head_dim of at most 128 with window, softcap, alibi_slopes or sinks, got " +
+           std::to_string(shape.head_dim);
+  }
+  if (shape.seqlen_k == 0) return "needs keys, got seqlen_k 0";  // TMA takes no empty tensors
+  // The powers of softmax_scale / softcap in its polynomial would leave fp32. See Softcap.
+  const double ratio = std::fabs(softmax_scale) / general.softcap;
+  if (general.softcap > 0.0 && softmax_scale != 0.0 && !(ratio >= 1e-4 && ratio <= 1e4)) {
+    return "needs a softcap of 1e-4 to 1e4 times the scale, got " +
+           std::to_string(general.softcap) + " with a scale of " + std::to_string(softmax_scale);
+  }
+  return {};
+}
 
 inline std::string refusal(const ForwardParams& p, int element_bytes, bool is_compiled_in,
                            int compute_capability) {
-  if (p.is_general) return kNotGeneral;
-  return refusal(p.shape, {{"q", p.q}, {"k", p.k}, {"v", p.v}}, element_bytes, is_compiled_in,
-                 compute_capability);
+  const auto reason = refusal(p.shape, {{"q", p.q}, {"k", p.k}, {"v", p.v}}, element_bytes,
+                              is_compiled_in, compute_capability);
+  if (!reason.empty() || !p.is_general) return reason;
+  return general_refusal(p.shape, p.general, p.softmax_scale);
 }
 
 inline std::string refusal(const BackwardParams& p, int element_bytes, bool is_compiled_in,
                            int compute_capability) {
-  if (p.is_general) return kNotGeneral;
   return refusal(p.shape, {{"q", p.q}, {"k", p.k}, {"v", p.v}, {"out", p.out}, {"dout", p.dout}},
                  element_bytes, is_compiled_in, compute_capability);
 }

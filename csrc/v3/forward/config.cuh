@@ -2,10 +2,11 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "sm90/pipeline.cuh"
 #include "sm90/smem_tile.cuh"
-#include "v3/forward/scheduler.cuh"
+#include "v3/forward/kernel_params.cuh"
 
 namespace flash_ext::v3::forward {
 
@@ -29,9 +30,10 @@ struct Shape {
 // orders the main loop otherwise.
 enum class Variant {
   kPlain,
-  kShort,   // few keys, and rows that fill tiles of four warpgroups better than of three: d=64
-  kHalves,  // a first block of which only the first half is seen is computed by half
-  kSplit,   // the keys are split, see splits.h
+  kShort,    // few keys, and rows that fill tiles of four warpgroups better than of three: d=64
+  kHalves,   // a first block of which only the first half is seen is computed by half
+  kSplit,    // the keys are split, see splits.h
+  kGeneral,  // window, softcap, alibi_slopes and sinks, see general_scores.cuh
 };
 
 // H200, bf16, 16k tokens, over cuDNN (v3_tuning.json). d=64: 1.21 at 4k and 1.12 at 512 keys, where
@@ -62,6 +64,9 @@ struct Config : TileShape<kHeadDim_, kVariant> {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kHalvesFirst = kVariant == Variant::kHalves;
   static constexpr bool kSplitsKeys = kVariant == Variant::kSplit;
+  static constexpr bool kIsGeneral = kVariant == Variant::kGeneral;
+  using Params = std::conditional_t<kIsGeneral, GeneralKernelParams, KernelParams>;
+  using WarpgroupTile = std::conditional_t<kIsGeneral, GeneralTile, forward::WarpgroupTile>;
   // O leaves through the tile's own Q buffer; where there is one only, straight from registers, so
   // that the next Q arrives meanwhile (H200, 512 keys: 5 to 10%).
   static constexpr bool kStagesOutput = !kSplitsKeys && Base::kQBuffers > 1;

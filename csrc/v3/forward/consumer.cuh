@@ -6,6 +6,7 @@
 #include "sm90/store_rows.cuh"
 #include "sm90/warpgroup_gemm.cuh"
 #include "v3/forward/config.cuh"
+#include "v3/forward/general_scores.cuh"
 #include "v3/forward/kernel_params.cuh"
 #include "v3/forward/softmax.cuh"
 
@@ -26,14 +27,15 @@ class Consumer {
   using QTile = typename Config::QTile;
   using KVTile = typename Config::KVTile;
   using SharedStorage = typename Config::SharedStorage;
+  using Params = typename Config::Params;
+  using WarpgroupTile = typename Config::WarpgroupTile;
   static constexpr int kBlockN = Config::kBlockN;
   static constexpr int kTilesN = kBlockN / 8;  // of eight columns
   static constexpr bool kTurnEveryBlock = Config::kTurns == Turns::kEveryBlock;
   static constexpr int kEarlyTiles = Config::kEarlySteps > 0 ? 2 * Config::kEarlySteps : kTilesN;
 
  public:
-  __device__ __forceinline__ Consumer(SharedStorage& smem, const KernelParams& params,
-                                      int warpgroup_idx)
+  __device__ __forceinline__ Consumer(SharedStorage& smem, const Params& params, int warpgroup_idx)
       : smem_(smem),
         p_(params),
         warpgroup_idx_(warpgroup_idx),
@@ -64,6 +66,7 @@ class Consumer {
   struct Work {
     int q_stage;
     int begin, end, full_end;
+    int full_begin;  // in general calls alone
     bool is_half;
     bool accumulates;  // O of this tile exists
   };
@@ -78,11 +81,12 @@ class Consumer {
     q_at_.advance();
     const WarpgroupTile& tile = tile_of(work);
     if (!ptx::warp_uniform(tile.is_valid)) return false;
-    work.begin = Config::kSplitsKeys ? ptx::warp_uniform(tile.begin) : 0;
+    work.begin = Config::kSplitsKeys || Config::kIsGeneral ? ptx::warp_uniform(tile.begin) : 0;
     work.end = ptx::warp_uniform(tile.end);
     work.full_end = ptx::warp_uniform(tile.full_end);
     work.is_half = Config::kHalvesFirst && ptx::warp_uniform(tile.is_half);
     work.accumulates = false;
+    if constexpr (Config::kIsGeneral) work.full_begin = ptx::warp_uniform(tile.full_begin);
     if (p_.scale.negate) negate_q(work);
     return true;
   }
@@ -116,11 +120,27 @@ class Consumer {
         await_turn();
         pass_turn();
       }
-      sm90::wait_full(smem_.k_barriers, k_at_);
-      release_k();
-      sm90::wait_full(smem_.v_barriers, v_at_);
-      release_v();
+      skip_block();
     }
+  }
+
+  // The same of those behind its own, where a window ends.
+  __device__ __forceinline__ void skip_blocks_behind(int count) {
+#pragma unroll 1
+    for (; count > 0; --count) {
+      if (kTurnEveryBlock) {
+        await_turn();
+        pass_turn();
+      }
+      skip_block();
+    }
+  }
+
+  __device__ __forceinline__ void skip_block() {
+    sm90::wait_full(smem_.k_barriers, k_at_);
+    release_k();
+    sm90::wait_full(smem_.v_barriers, v_at_);
+    release_v();
   }
 
   // Nothing overlaps with it: what need not be computed is time saved.
@@ -143,7 +163,7 @@ class Consumer {
     ptx::wgmma_wait_group<0>();
     if (!kTurnEveryBlock) pass_turn();
     release_k();
-    if (work.end > work.full_end) mask_block(acc_s, work, work.end - 1);
+    finish_scores(acc_s, work, work.end - 1, /*is_edge=*/work.end > work.full_end);
     softmax_.update_max(acc_s, p_.scale.log2);
     softmax_.template weights<0, kKeys / 8>(acc_s, p_.scale.log2);
     sm90::pack_operand<Element>(frag_p_, acc_s);
@@ -151,8 +171,10 @@ class Consumer {
 
   __device__ __forceinline__ void other_blocks(Work& work) {
     int n_block = work.end - 2;
+    if constexpr (!Config::kIsGeneral) {
 #pragma unroll 1
-    for (; n_block >= work.full_end; --n_block) next_block(work, n_block, /*is_edge=*/true);
+      for (; n_block >= work.full_end; --n_block) next_block(work, n_block, /*is_edge=*/true);
+    }
 #pragma unroll 1
     for (; n_block >= work.begin; --n_block) next_block(work, n_block, /*is_edge=*/false);
   }
@@ -171,7 +193,7 @@ class Consumer {
     if (kTurnEveryBlock) pass_turn();
     ptx::wgmma_wait_group<1>();
     release_k();
-    if (is_edge) mask_block(acc_s, work, n_block);
+    finish_scores(acc_s, work, n_block, is_edge);
     softmax_.update_max(acc_s, p_.scale.log2);
     softmax_.template weights<0, kEarlyTiles>(acc_s, p_.scale.log2);
     if (kEarlyTiles < kTilesN) {
@@ -200,6 +222,7 @@ class Consumer {
     } else if constexpr (Config::kStagesOutput) {
       stage_rows(work, inverse_sums);
       release_q(work);
+      if constexpr (Config::kIsGeneral) skip_blocks_behind(tile.skipped_behind);
     } else {
       store_rows(tile, inverse_sums);
     }
@@ -216,10 +239,23 @@ class Consumer {
     work.accumulates = true;
   }
 
+  // What follows on Q K^T before the softmax. `is_edge`: whether the mask hides any of the block;
+  // general calls find out themselves.
   template <int kN>
-  __device__ __forceinline__ void mask_block(float (&acc_s)[kN][4], const Work& work, int n_block) {
-    mask_scores(acc_s, p_.mask, tile_of(work).row0 + 16 * warp_idx_ + lane_idx_ / 4,
-                n_block * kBlockN + lane_idx_ % 4 * 2);
+  __device__ __forceinline__ void finish_scores(float (&acc_s)[kN][4], const Work& work,
+                                                int n_block, bool is_edge) {
+    const int col0 = n_block * kBlockN + lane_idx_ % 4 * 2;
+    const auto row0 = [&] { return tile_of(work).row0 + 16 * warp_idx_ + lane_idx_ / 4; };
+    if constexpr (Config::kIsGeneral) {
+      if (p_.softcap.is_on) cap_scores(acc_s, p_.softcap);
+      if (p_.alibi_slopes.data != nullptr) {
+        add_distances(acc_s, tile_of(work).slope, row0() + p_.band.diagonal - col0);
+      }
+      if (n_block >= work.full_end) hide_keys_behind(acc_s, p_.band, row0(), col0);
+      if (n_block < work.full_begin) hide_keys_before(acc_s, p_.band, row0(), col0);
+    } else if (is_edge) {
+      mask_scores(acc_s, p_.mask, row0(), col0);
+    }
   }
 
   // Where the tile's rows begin among the rows of all heads, of one share of the keys after
@@ -237,14 +273,17 @@ class Consumer {
     float2* const stats = p_.shares.stats + head_row(tile);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float sum = quad_sum(softmax_.row_sum[half]);
-      inverse_sums[half] = sum > 0.f ? ptx::rcp_approx(sum) : 0.f;
+      float sum = quad_sum(softmax_.row_sum[half]);
+      float max = softmax_.row_max[half] * p_.scale.natural;
+      float own_factor = 1.f;
+      if constexpr (Config::kIsGeneral) own_factor = join_sink(tile.sink, max, sum);
+      inverse_sums[half] = sum > 0.f ? own_factor * ptx::rcp_approx(sum) : 0.f;
       const int row = tile.row0 + 16 * warp_idx_ + lane_idx_ / 4 + 8 * half;
       if (lane_idx_ % 4 == 0 && row < p_.mask.seqlen_q) {
         if (Config::kSplitsKeys) {
           stats[row] = make_float2(softmax_.row_max[half], sum);
         } else {
-          lse[row] = log_sum_exp(softmax_.row_max[half] * p_.scale.natural, sum);
+          lse[row] = log_sum_exp(max, sum);
         }
       }
     }
@@ -323,7 +362,7 @@ class Consumer {
   }
 
   SharedStorage& smem_;
-  const KernelParams& p_;
+  const Params& p_;
   const int warpgroup_idx_;
   const int warp_idx_;
   const int lane_idx_;

@@ -7,7 +7,8 @@
 // A warpgroup's step for block j, the last visible block first; j + 1 is the block before:
 //   1. wait for K_j, then for the turn
 //   2. issue S = Q K_j^T; wait for V_j+1; issue O += P V_j+1; pass the turn on
-//   3. wait for S, let go of K_j, mask it if the block lies on an edge
+//   3. wait for S, let go of K_j, mask it if the block lies on an edge (general calls: softcap and
+//      ALiBi before that)
 //   4. row maximum and the first weights      } the tensor cores compute O meanwhile
 //   5. wait for O, let go of V_j+1
 //   6. the other weights, P; O rescaled if a maximum grew by more than 2^8 of weight
@@ -48,7 +49,7 @@ namespace flash_ext::v3::forward {
 
 template <typename Config>
 __global__ void __launch_bounds__(Config::kNumThreads, 1)
-    forward_kernel(const __grid_constant__ KernelParams p) {
+    forward_kernel(const __grid_constant__ typename Config::Params p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   extern __shared__ __align__(1024) char smem_bytes[];
   auto& smem = *reinterpret_cast<typename Config::SharedStorage*>(smem_bytes);

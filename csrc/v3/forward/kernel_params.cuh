@@ -3,6 +3,7 @@
 
 #include <cuda.h>
 
+#include "common/general.h"
 #include "common/mask.h"
 #include "common/merge_shares.cuh"
 #include "common/online_softmax.cuh"
@@ -21,6 +22,42 @@ struct KernelParams {
   SoftmaxScale scale;
   int group_size;
   Schedule schedule;
+};
+
+// softcap * tanh(s * scale / softcap) in units of log2, see general_scores.cuh.
+struct Softcap {
+  bool is_on = false;
+  float max_polynomial;  // |s| up to which the polynomial holds
+  float polynomial[4];   // of s^2, times s
+  float exponent;        // of 2, for a score of 1: e^(2 s scale / softcap)
+  float cap;             // softcap * log2(e)
+
+  Softcap() = default;
+  // Where softcap is 0 there is none. The scale is that of the sign-changed Q, positive.
+  Softcap(double softcap, double scale) : is_on(softcap > 0.0) {
+    if (!is_on) return;
+    // tanh(y) = y (c0 + c1 y^2 + ...) to 2e-8 for |y| <= 0.4: least squares at Chebyshev nodes.
+    constexpr double kTanh[4] = {0.999999573, -0.333297261, 0.132505668, -0.046825726};
+    const double factor = scale / softcap;
+    max_polynomial = static_cast<float>(kMaxTanhPolynomial / factor);
+    for (int i = 0; i < 4; ++i) {
+      polynomial[i] = static_cast<float>(kTanh[i] * softcap * kLog2e * std::pow(factor, 2 * i + 1));
+    }
+    exponent = static_cast<float>(2 * kLog2e * factor);
+    cap = static_cast<float>(softcap * kLog2e);
+  }
+
+ private:
+  static constexpr double kMaxTanhPolynomial = 0.4;
+};
+
+// Of general calls. `scale` is that of the scores which the softcap leaves, if there is one.
+struct GeneralKernelParams : KernelParams {
+  BandMask band;
+  HeadTensor alibi_slopes;
+  HeadTensor sinks;
+  float bias_factor;  // slopes times this are in the units of scores
+  Softcap softcap;
 };
 
 }  // namespace flash_ext::v3::forward

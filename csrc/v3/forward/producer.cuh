@@ -10,8 +10,11 @@ namespace flash_ext::v3::forward {
 
 // The K/V blocks of a tile whose rows begin at row0.
 template <typename Config>
-__device__ __forceinline__ BlockRange tile_blocks(const KernelParams& p, const Tile& tile,
-                                                  int row0) {
+__device__ __forceinline__ BlockRange tile_blocks(const typename Config::Params& p,
+                                                  const Tile& tile, int row0) {
+  if constexpr (Config::kIsGeneral) {
+    return band_blocks(p.band, row0, Config::kBlockM, Config::kBlockN);
+  }
   const int blocks = num_key_blocks(p.mask, row0, Config::kBlockM, Config::kBlockN);
   if (!Config::kSplitsKeys) return {0, blocks};
   return split_blocks(blocks, tile.split, p.schedule.num_splits);
@@ -20,7 +23,7 @@ __device__ __forceinline__ BlockRange tile_blocks(const KernelParams& p, const T
 // K and V blocks of one tile after another, the last visible block first.
 template <typename Config>
 __device__ __forceinline__ void produce_kv(typename Config::SharedStorage& smem,
-                                           const KernelParams& p) {
+                                           const typename Config::Params& p) {
   sm90::RingPosition<Config::kKStages> k_at;
   sm90::RingPosition<Config::kVStages> v_at;
   Tile tile = p.schedule.template tile<Config::kSplitsKeys>(0);
@@ -46,11 +49,44 @@ __device__ __forceinline__ void produce_kv(typename Config::SharedStorage& smem,
   }
 }
 
+// What the scores of a head depend on besides Q and K; read once a tile.
+template <typename Config>
+struct HeadFacts {
+  float slope = 0.f;
+  float sink = -INFINITY;
+
+  __device__ __forceinline__ HeadFacts(const typename Config::Params& p, const Tile& tile) {
+    if constexpr (Config::kIsGeneral) {
+      if (!tile.is_valid) return;
+      if (p.alibi_slopes.data != nullptr) {
+        slope =
+            *p.alibi_slopes.template at<const float>(tile.batch_idx, tile.head_idx) * p.bias_factor;
+      }
+      if (p.sinks.data != nullptr) {
+        sink = *p.sinks.template at<const float>(tile.batch_idx, tile.head_idx);
+      }
+    }
+  }
+};
+
+// The blocks of a tile that are the warpgroup's whose rows begin at row0.
+template <typename Config>
+__device__ __forceinline__ BlockRange own_blocks(const typename Config::Params& p,
+                                                 const BlockRange& blocks, int row0) {
+  if constexpr (Config::kIsGeneral) {
+    const BlockRange own = band_blocks(p.band, row0, kRowsPerWarpgroup, Config::kBlockN);
+    return own.begin < own.end ? own : BlockRange{blocks.begin, blocks.begin};
+  }
+  const int end = num_key_blocks(p.mask, row0, kRowsPerWarpgroup, Config::kBlockN);
+  return {blocks.begin, max(blocks.begin, min(blocks.end, end))};
+}
+
 // The O that a warpgroup has staged in a Q buffer.
 template <typename Config>
 __device__ __forceinline__ void send_output(typename Config::SharedStorage& smem,
-                                            const KernelParams& p, int stage, int warpgroup_idx) {
-  const WarpgroupTile& tile = smem.tile[stage][warpgroup_idx];
+                                            const typename Config::Params& p, int stage,
+                                            int warpgroup_idx) {
+  const typename Config::WarpgroupTile& tile = smem.tile[stage][warpgroup_idx];
   if (tile.begin == tile.end) return;
   sm90::store_slabs(smem.q[stage][warpgroup_idx], p.out_map,
                     {tile.row0, tile.head_idx, tile.batch_idx});
@@ -61,7 +97,7 @@ __device__ __forceinline__ void send_output(typename Config::SharedStorage& smem
 // Before a buffer is filled again, the O in it is sent off.
 template <typename Config>
 __device__ __forceinline__ void produce_q(typename Config::SharedStorage& smem,
-                                          const KernelParams& p) {
+                                          const typename Config::Params& p) {
   constexpr int kBlockM = Config::kBlockM;
   constexpr int kBlockN = Config::kBlockN;
   sm90::RingPosition<Config::kQBuffers> at;
@@ -71,28 +107,40 @@ __device__ __forceinline__ void produce_q(typename Config::SharedStorage& smem,
     tile = p.schedule.template tile<Config::kSplitsKeys>(round++);
     const int tile_row0 = p.schedule.first_row(tile, p.mask.seqlen_q, kBlockM);
     const BlockRange blocks = tile_blocks<Config>(p, tile, tile_row0);
+    const HeadFacts<Config> head(p, tile);
 #pragma unroll 1
     for (int c = 0; c < Config::kConsumers; ++c) {
       auto& ring = smem.q_barriers[c];
       const int row0 = tile_row0 + kRowsPerWarpgroup * c;
-      const int end = max(
-          blocks.begin, min(blocks.end, num_key_blocks(p.mask, row0, kRowsPerWarpgroup, kBlockN)));
+      const BlockRange own = own_blocks<Config>(p, blocks, row0);
       sm90::wait_empty(ring, at);
       if (Config::kStagesOutput && round > Config::kQBuffers) {
         send_output<Config>(smem, p, at.stage, c);
         ptx::tma_store_wait_read();
       }
-      smem.tile[at.stage][c] = {
-          row0,
-          tile.head_idx,
-          tile.batch_idx,
-          blocks.begin,
-          end,
-          max(blocks.begin, p.mask.key_end(row0) / kBlockN),
-          blocks.end - end,
-          static_cast<int16_t>(tile.split),
-          Config::kHalvesFirst && keys_seen(p.mask, row0) <= end * kBlockN - kBlockN / 2,
-          tile.is_valid != 0};
+      const auto full_end = [&](const auto& mask) { return mask.key_end(row0) / kBlockN; };
+      if constexpr (Config::kIsGeneral) {
+        const int last_row = min(row0 + kRowsPerWarpgroup, p.band.seqlen_q) - 1;
+        smem.tile[at.stage][c] = {
+            {row0, tile.head_idx, tile.batch_idx, own.begin, own.end, full_end(p.band),
+             blocks.end - own.end, 0, false, tile.is_valid != 0},
+            ceil_div(p.band.key_begin(last_row), kBlockN),
+            own.begin - blocks.begin,
+            head.slope,
+            head.sink};
+      } else {
+        smem.tile[at.stage][c] = {
+            row0,
+            tile.head_idx,
+            tile.batch_idx,
+            own.begin,
+            own.end,
+            max(blocks.begin, full_end(p.mask)),
+            blocks.end - own.end,
+            static_cast<int16_t>(tile.split),
+            Config::kHalvesFirst && keys_seen(p.mask, row0) <= own.end * kBlockN - kBlockN / 2,
+            tile.is_valid != 0};
+      }
       if (tile.is_valid) {
         sm90::load_tile(smem.q[at.stage][c], p.q_map, ring.full[at.stage],
                         {row0, tile.head_idx, tile.batch_idx});

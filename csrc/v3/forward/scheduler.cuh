@@ -1,6 +1,7 @@
 // Which tiles a thread block computes, and in which order.
 #pragma once
 
+#include "common/block_range.h"
 #include "common/mask.h"
 #include "common/splits.h"
 #include "v3/tile_order.cuh"
@@ -33,12 +34,31 @@ struct alignas(16) WarpgroupTile {
   bool is_valid;
 };
 
+// The same for general calls.
+struct GeneralTile : WarpgroupTile {
+  int full_begin;      // blocks before it need a mask, too: the window's left edge
+  int skipped_behind;  // blocks before `begin` that only other warpgroups see
+  float slope;         // of ALiBi, in the units of scores
+  float sink;          // -inf: none
+};
+
 // K/V blocks that are computed for `rows` query rows from row0 on. Rows that see nothing take one
 // block, all masked, which gives them the output 0 like any other; those before row 0 take none.
 FLASH_HOST_DEVICE int num_key_blocks(const Mask& mask, int row0, int rows, int block_n) {
   if (row0 + rows <= 0) return 0;
   const int blocks = key_blocks(mask, row0, rows, block_n).end;
   return blocks > 0 ? blocks : 1;
+}
+
+// The same of a band, whose first block need not be block 0.
+FLASH_HOST_DEVICE BlockRange band_blocks(const BandMask& band, int row0, int rows, int block_n) {
+  if (row0 + rows <= 0) return {0, 0};
+  const int first = row0 > 0 ? row0 : 0;
+  const BlockRange blocks = key_blocks(band, first, row0 + rows - first, block_n);
+  if (blocks.begin < blocks.end) return blocks;
+  const int last_block = ceil_div(band.seqlen_k, block_n) - 1;
+  const int masked = blocks.begin < last_block ? blocks.begin : last_block;
+  return {masked, masked + 1};
 }
 
 // How many keys the warpgroup whose rows begin at row0 sees.
