@@ -17,6 +17,7 @@ HEAD_DIMS = (64, 128, 256)
 HEAD_DIMS_SM90 = {
     "backward_v3": {64: (64,), 128: (128,), 256: (256,)},
     "forward_v3": {64: (64,), 128: (96, 128), 256: (192, 256)},
+    "general_backward_v3": {64: (64,), 128: (128,), 256: ()},
     "general_forward_v3": {64: (64,), 128: (128,), 256: ()},
 }
 DTYPES_SM90 = ("bf16", "fp16")
@@ -30,6 +31,7 @@ _HEADERS = {
     "general_forward": "v2/general_launch.cuh",
     "general_forward_v3": "v3/forward/general_launch.cuh",
     "general_backward": "backward/general/launch.cuh",
+    "general_backward_v3": "v3/backward/general_launch.cuh",
 }
 
 

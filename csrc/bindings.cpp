@@ -67,7 +67,8 @@ pybind11::dict plan_forward(const std::string& device_name, const std::string& a
   params.mask = Mask::make(parse_causal("explain", causal), seqlen_q, seqlen_k);
   params.softmax_scale = scale;
   params.is_general = !given.empty();
-  if (params.is_general) params.general = describe_general(causal, params.shape, window, softcap, given);
+  if (params.is_general)
+    params.general = describe_general(causal, params.shape, window, softcap, given);
   TensorView* const views[] = {&params.q, &params.k, &params.v};
   for (int i = 0; i < 3; ++i) views[i]->aligned16 = is_aligned[i];
   const auto asked = parse_algorithm("explain", algorithm);

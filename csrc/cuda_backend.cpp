@@ -65,9 +65,42 @@ Algorithm resolve(Algorithm algorithm, c10::ScalarType dtype, const ForwardParam
 Algorithm resolve(Algorithm algorithm, c10::ScalarType dtype, const BackwardParams& params) {
   if (algorithm != Algorithm::kAuto && algorithm != Algorithm::kV3) return Algorithm::kV2;
   const auto refusal = v3_refusal_on_current_device(dtype, params);
-  TORCH_CHECK(refusal.empty() || algorithm == Algorithm::kAuto,
-              "flash_ext.backward: algorithm 'v3' ", refusal);
+  TORCH_CHECK(refusal.empty() || algorithm == Algorithm::kAuto, "flash_ext.",
+              params.is_general ? "general_backward" : "backward", ": algorithm 'v3' ", refusal);
   return refusal.empty() ? Algorithm::kV3 : Algorithm::kV2;
+}
+
+// The backward of a forward that is planned, of all inputs: out is allocated, and dout copied, as
+// v3 wants them.
+BackwardParams gradients_of(const ForwardParams& forward) {
+  BackwardParams params;
+  params.shape = forward.shape;
+  params.is_general = forward.is_general;
+  params.general = forward.general;
+  params.softmax_scale = forward.softmax_scale;
+  params.q = forward.q;
+  params.k = forward.k;
+  params.v = forward.v;
+  params.out.aligned16 = params.dout.aligned16 = true;
+  return params;
+}
+
+void general_backward(Algorithm algorithm, c10::ScalarType dtype, BackwardParams params,
+                      c10::Device device, cudaStream_t stream) {
+  const bool is_v3 = resolve(algorithm, dtype, params) == Algorithm::kV3;
+  const auto workspace = allocate_workspace(
+      is_v3 ? v3::backward_workspace_floats(params) : general_backward_workspace_floats(params),
+      device);
+  params.workspace = workspace.mutable_data_ptr<float>();
+  if (is_v3) {
+    dispatch_general_backward_v3(dtype, params.shape, [&](auto element, auto head_dim) {
+      launch_general_backward_v3<typename decltype(element)::type, head_dim()>(params, stream);
+    });
+    return;
+  }
+  dispatch_instance(dtype, params.shape, [&](auto element, auto head_dim) {
+    launch_general_backward<typename decltype(element)::type, head_dim()>(params, stream);
+  });
 }
 
 }  // namespace
@@ -110,12 +143,8 @@ void backward(Algorithm algorithm, c10::ScalarType dtype, BackwardParams params,
               c10::Device device) {
   const c10::cuda::CUDAGuard device_guard(device);
   const auto stream = c10::cuda::getCurrentCUDAStream(device.index()).stream();
-  if (params.is_general) {  // one set of kernels, whatever computed the forward
-    const auto workspace = allocate_workspace(general_backward_workspace_floats(params), device);
-    params.workspace = workspace.mutable_data_ptr<float>();
-    dispatch_instance(dtype, params.shape, [&](auto element, auto head_dim) {
-      launch_general_backward<typename decltype(element)::type, head_dim()>(params, stream);
-    });
+  if (params.is_general) {
+    general_backward(algorithm, dtype, params, device, stream);
     return;
   }
   const bool is_v3 = resolve(algorithm, dtype, params) == Algorithm::kV3;
@@ -141,6 +170,10 @@ ForwardPlan plan_forward(Algorithm algorithm, c10::ScalarType dtype, const Forwa
   ForwardPlan plan;
   plan.algorithm = resolve(algorithm, dtype, params);
   plan.v3_refusal = v3_refusal_on_current_device(dtype, params);
+  const bool may_be_v3 = algorithm == Algorithm::kAuto || algorithm == Algorithm::kV3;
+  if (may_be_v3 && v3_refusal_on_current_device(dtype, gradients_of(params)).empty()) {
+    plan.backward = Algorithm::kV3;
+  }
   if (params.is_general) {
     if (plan.algorithm == Algorithm::kV3) {
       dispatch_general_forward_v3(dtype, params.shape, [&](auto element, auto head_dim) {
@@ -153,9 +186,6 @@ ForwardPlan plan_forward(Algorithm algorithm, c10::ScalarType dtype, const Forwa
     }
     return plan;
   }
-  // out is allocated, and dout copied, as the backward wants them: q, k and v decide here, too.
-  const bool may_be_v3 = algorithm == Algorithm::kAuto || algorithm == Algorithm::kV3;
-  if (may_be_v3 && plan.v3_refusal.empty()) plan.backward = Algorithm::kV3;
   plan.workspace_bytes = forward_workspace_floats(plan.algorithm, dtype, params.shape) *
                          static_cast<int64_t>(sizeof(float));
   if (plan.algorithm == Algorithm::kV3) {

@@ -2,8 +2,8 @@
 // instances through two macros, so that table, instances and dispatcher cannot disagree:
 //   FLASH_EXT_HEAD_DIMS  e.g. 64,128,256
 //   FLASH_EXT_ELEMENTS   e.g. __half,__nv_bfloat16,float
-// and the same of FLASH_EXT_FORWARD_V3, FLASH_EXT_GENERAL_FORWARD_V3 and FLASH_EXT_BACKWARD_V3,
-// which a build may be without.
+// and the same of FLASH_EXT_FORWARD_V3, FLASH_EXT_BACKWARD_V3, FLASH_EXT_GENERAL_FORWARD_V3 and
+// FLASH_EXT_GENERAL_BACKWARD_V3, which a build may be without.
 #pragma once
 
 #include <c10/core/ScalarType.h>
@@ -110,11 +110,23 @@ void dispatch_general_forward_v3(c10::ScalarType dtype, const AttentionShape& sh
                                 std::integer_sequence<int, FLASH_EXT_GENERAL_FORWARD_V3_HEAD_DIMS>>(
       dtype, shape.padded_head_dim(), f);
 }
+
+template <typename Function>
+void dispatch_general_backward_v3(c10::ScalarType dtype, const AttentionShape& shape,
+                                  const Function& f) {
+  dispatch_element_and_head_dim<
+      TypeList<FLASH_EXT_GENERAL_BACKWARD_V3_ELEMENTS>,
+      std::integer_sequence<int, FLASH_EXT_GENERAL_BACKWARD_V3_HEAD_DIMS>>(
+      dtype, shape.padded_head_dim(), f);
+}
 #else
 inline constexpr bool kHasGeneralV3 = false;
 
 template <typename Function>
 void dispatch_general_forward_v3(c10::ScalarType, const AttentionShape&, const Function&) {}
+
+template <typename Function>
+void dispatch_general_backward_v3(c10::ScalarType, const AttentionShape&, const Function&) {}
 #endif
 
 }  // namespace flash_ext

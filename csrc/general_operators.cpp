@@ -292,7 +292,7 @@ void general_backward(const c10::OperatorHandle&, Stack* stack) {
   }
 
   if (!is_empty) {
-    const auto dout = b.dout.stride(3) == 1 || b.dout.size(3) == 1 ? b.dout : b.dout.contiguous();
+    const auto dout = readable_dout(b.dout, in.algorithm);
     const auto lse = b.lse.contiguous();
     const auto dlse = b.dlse.defined() ? b.dlse.contiguous() : Tensor();
     params.out = input_view(b.out);

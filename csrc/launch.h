@@ -35,13 +35,17 @@ void launch_general_backward(const BackwardParams& params, CudaStream stream);
 template <typename Element, int kHeadDim>
 void launch_forward_v3(const ForwardParams& params, CudaStream stream);
 
-// For general calls that v3::general_refusal() accepts; kHeadDim 64 or 128.
+// For general calls that v3::refusal() accepts; kHeadDim 64 or 128.
 template <typename Element, int kHeadDim>
 void launch_general_forward_v3(const ForwardParams& params, CudaStream stream);
 
 // For plain calls that v3::refusal() accepts; kHeadDim 64, 128 or 256.
 template <typename Element, int kHeadDim>
 void launch_backward_v3(const BackwardParams& params, CudaStream stream);
+
+// The same with window, softcap, alibi_slopes and sinks; kHeadDim 64 or 128.
+template <typename Element, int kHeadDim>
+void launch_general_backward_v3(const BackwardParams& params, CudaStream stream);
 
 // What `explain` reports about a kernel.
 struct KernelPlan {

@@ -8,6 +8,7 @@
 
 #include <array>
 
+#include "algorithm.h"
 #include "params.h"
 
 namespace flash_ext {
@@ -72,6 +73,16 @@ inline AttentionShape attention_shape(const at::Tensor& q, const at::Tensor& k) 
   shape.seqlen_k = k.size(2);
   shape.head_dim = q.size(3);
   return shape;
+}
+
+// Autograd hands over whatever layout the next operator left behind: sum().backward() gives an
+// expanded scalar. v3, which reads no misaligned rows, must not fail by it either.
+inline at::Tensor readable_dout(const at::Tensor& dout, Algorithm algorithm) {
+  if (dout.stride(3) != 1 && dout.size(3) != 1) return dout.contiguous();
+  const bool may_be_v3 = algorithm == Algorithm::kAuto || algorithm == Algorithm::kV3;
+  const bool is_misaligned = dout.size(3) % 8 == 0 && !input_view(dout).aligned16;
+  const bool is_copied = dout.is_cuda() && may_be_v3 && is_misaligned;
+  return is_copied ? dout.clone(at::MemoryFormat::Contiguous) : dout;
 }
 
 }  // namespace flash_ext

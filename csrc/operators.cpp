@@ -119,16 +119,6 @@ Gradients empty_gradients(const Tensor& q, const Tensor& k, const Tensor& v,
   return {gradient(q, needs[0]), gradient(k, needs[1]), gradient(v, needs[2])};
 }
 
-// Autograd hands over whatever layout the next operator left behind: sum().backward() gives an
-// expanded scalar. v3, which reads no misaligned rows, must not fail by it either.
-Tensor readable_dout(const Tensor& dout, Algorithm algorithm) {
-  if (dout.stride(3) != 1 && dout.size(3) != 1) return dout.contiguous();
-  const bool may_be_v3 = algorithm == Algorithm::kAuto || algorithm == Algorithm::kV3;
-  const bool is_misaligned = dout.size(3) % 8 == 0 && !input_view(dout).aligned16;
-  const bool is_copied = dout.is_cuda() && may_be_v3 && is_misaligned;
-  return is_copied ? dout.clone(at::MemoryFormat::Contiguous) : dout;
-}
-
 Gradients backward_meta(const Tensor& dout, const Tensor& q, const Tensor& k, const Tensor& v,
                         const Tensor& out, const Tensor& lse, const std::optional<Tensor>& dlse,
                         std::optional<double> scale, c10::string_view causal,

@@ -15,7 +15,8 @@ class Explanation:
 
     device: str
     algorithm: str
-    backward: str  # whose kernels compute its gradients: "v2" (which v1 shares) or "v3"
+    # Whose kernels compute its gradients: "v2" (which v1 shares, and calls with a gradient of slopes) or "v3".
+    backward: str
     reasons: tuple[str, ...]
     block_m: int  # query rows of a tile
     block_n: int  # keys of a tile

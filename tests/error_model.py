@@ -51,6 +51,9 @@ class ErrorModel:
     bias: torch.Tensor | float = 0.0
     softcap: float = 0.0
     dropout: torch.Tensor | float = 1.0
+    # Whether dQ is corrected by the sums of the computed rows of dS. v3 has none: under a soft cap it does
+    # without the mean of the keys, and with a sink it does not learn the error of delta.
+    has_row_sums: bool = True
 
     def __post_init__(self):
         self.dtype = self.q.dtype
@@ -156,6 +159,8 @@ class ErrorModel:
             # They round it, and leave columns as they are whose mean is small beside their values.
             is_small = mean.square() <= sampled.square().mean(2, keepdim=True) / 16
             mean = mean.masked_fill(is_small, 0.0).to(self.dtype)
+        if self.softcap and not self.has_row_sums:
+            mean = mean * 0.0
         centred = self.k - mean
         rowsum_variance = ds_variance.sum(-1, keepdim=True) + delta_variance
         # A sink's share of the row, which the known sum is made with.
@@ -167,6 +172,8 @@ class ErrorModel:
         # A sink and a soft cap leave the rows a weight below 1, and by so much less is corrected.
         weight = weights.sum(-1, keepdim=True)
         dq_variance += ((1 - weight) * mean).square() * ds_variance.sum(-1, keepdim=True)
+        if not self.has_row_sums:
+            dq_variance += (share * mean).square() * delta_variance + (self._lost(ds) @ centred).square()
         dq_variance += rowsum_variance * self._accumulation(k2.sum(2, keepdim=True), key_sum, seqlen_k)
         for keys in (centred, self.k) if self.dtype == torch.float64 else (centred,):
             dq_variance += ds_variance @ keys.square() + delta_variance * (weights @ keys).square()

@@ -107,11 +107,14 @@ def reduce_to(x, shape):
     return x
 
 
-def error_model(q, k, v, exact, exact_lse, features, causal, scale):
+def error_model(q, k, v, exact, exact_lse, features, causal, scale, algorithm):
     """And the bias that it is made with."""
     visible, bias, dropout = dense_meaning(q, k, features, causal)
     softcap = features.get("softcap", 0.0)
-    model = ErrorModel(q, k, v, exact, exact_lse, visible, default_scale(q, scale), bias, softcap, dropout)
+    model = ErrorModel(
+        q, k, v, exact, exact_lse, visible, default_scale(q, scale), bias, softcap, dropout,
+        has_row_sums=algorithm not in ("auto", "v3"),
+    )  # fmt: skip
     return model, bias
 
 
@@ -122,7 +125,7 @@ def check_forward(q, k, v, features, *, algorithm="v2", causal="none", scale=Non
     out, lse = call(q, k, v, features, algorithm=algorithm, causal=causal, scale=scale)
     doubles = (x.double() for x in (q, k, v))
     exact, exact_lse = attention_reference(*doubles, causal=causal_argument(causal), scale=scale, **features)
-    model, _ = error_model(q, k, v, exact, exact_lse, features, causal, scale)
+    model, _ = error_model(q, k, v, exact, exact_lse, features, causal, scale, algorithm)
     assert_lse(lse, exact_lse, model.lse_sigma())
     assert_within(out, exact, model.out_sigma(), "out")
     return out, lse
@@ -145,7 +148,7 @@ def check_call(q, k, v, dout, dlse, features, *, algorithm="v2", causal="none", 
     expected = torch.autograd.grad(loss, doubles)
     exact, exact_lse = exact.detach(), exact_lse.detach()
 
-    model, bias = error_model(q, k, v, exact, exact_lse, features, causal, scale)
+    model, bias = error_model(q, k, v, exact, exact_lse, features, causal, scale, algorithm)
     assert_lse(lse, exact_lse, model.lse_sigma())
     assert_within(out, exact, model.out_sigma(), "out")
     sigmas = model.gradient_sigmas(dout, dlse, *expected[:3])
@@ -155,6 +158,37 @@ def check_call(q, k, v, dout, dlse, features, *, algorithm="v2", causal="none", 
         assert actual.shape == right.shape
         check_bias_gradient(name, actual, right, model, dout, dlse, features, bias)
     return out, lse, gradients
+
+
+def check_backward(q, k, v, dout, dlse, features, *, algorithm, causal="none", scale=None, deterministic=False):
+    """The gradients of one backward operator, from the reference's out and lse. Returns (dq, dk, dv, dsinks)."""
+    leaves = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    has_sinks = "sinks" in features
+    doubles = dict(features)
+    if has_sinks:
+        doubles["sinks"] = features["sinks"].detach().double().requires_grad_()
+        leaves.append(doubles["sinks"])
+    exact, exact_lse = attention_reference(*leaves[:3], causal=causal_argument(causal), scale=scale, **doubles)
+    loss = (exact * dout.double()).sum()
+    if dlse is not None:
+        loss = loss + (exact_lse.masked_fill(exact_lse.isinf(), 0) * dlse.double()).sum()
+    expected = torch.autograd.grad(loss, leaves)
+    exact, exact_lse = exact.detach(), exact_lse.detach()
+    for count in (1 << 12, 1 << 17, 1 << 20, 1 << 22):  # what results and workspaces are then taken from
+        torch.full((count,), math.nan, device=q.device)
+    *gradients, _, _, dsinks = torch.ops.flash_ext.general_backward(
+        dout, q, k, v, exact.to(q.dtype), exact_lse.float(), dlse, algorithm=algorithm, causal=causal, scale=scale,
+        deterministic=deterministic, needs=[True, True, True, False, False, has_sinks], **features,
+    )  # fmt: skip
+
+    model, bias = error_model(q, k, v, exact, exact_lse, features, causal, scale, algorithm)
+    sigmas = model.gradient_sigmas(dout, dlse, *expected[:3])
+    for name, actual, right, sigma in zip("qkv", gradients, expected, sigmas, strict=False):
+        assert_within(actual, right, sigma, f"d{name}")
+    if has_sinks:
+        dlse = torch.zeros_like(exact_lse) if dlse is None else dlse
+        check_bias_gradient("sinks", dsinks, expected[3], model, dout, dlse, features, bias)
+    return *gradients, dsinks
 
 
 def check_bias_gradient(name, actual, right, model, dout, dlse, features, bias):

@@ -170,17 +170,20 @@ def test_developer_selection():
 
 def test_kernels_for_sm_90a():
     selection = select(["sm_80", "sm_90a"], HEAD_DIMS="128,64", DTYPES="bf16,fp32")
-    assert selection.kernels() == [*instances.KERNELS, "backward_v3", "forward_v3", "general_forward_v3"]
+    own = ["backward_v3", "forward_v3", "general_backward_v3", "general_forward_v3"]
+    assert selection.kernels() == [*instances.KERNELS, *own]
     macros = dict(selection.macros())
     assert macros["FLASH_EXT_ELEMENTS"] == "float,__nv_bfloat16"
     assert macros["FLASH_EXT_FORWARD_V3_ELEMENTS"] == macros["FLASH_EXT_BACKWARD_V3_ELEMENTS"] == "__nv_bfloat16"
     assert macros["FLASH_EXT_FORWARD_V3_HEAD_DIMS"] == "64,96,128"
     assert macros["FLASH_EXT_BACKWARD_V3_HEAD_DIMS"] == "64,128"
     assert macros["FLASH_EXT_GENERAL_FORWARD_V3_HEAD_DIMS"] == "64,128"
-    assert "FLASH_EXT_GENERAL_FORWARD_V3_HEAD_DIMS" not in dict(select(["sm_90a"], HEAD_DIMS="256").macros())
+    assert macros["FLASH_EXT_GENERAL_BACKWARD_V3_HEAD_DIMS"] == "64,128"
+    only_256 = dict(select(["sm_90a"], HEAD_DIMS="256").macros())
+    assert not any(name.startswith("FLASH_EXT_GENERAL_") for name in only_256)
     names = [name for name in selection.sources() if "_v3" in name]
     expected = [("backward", 128), ("backward", 64), ("forward", 128), ("forward", 96), ("forward", 64)]
-    expected += [("general_forward", 128), ("general_forward", 64)]
+    expected += [(f"general_{way}", head_dim) for way in ("backward", "forward") for head_dim in (128, 64)]
     assert names == [f"{direction}_v3_bf16_hdim{head_dim}.cu" for direction, head_dim in expected]
 
 
@@ -198,7 +201,7 @@ def test_builds_without_v3(selection):
 @pytest.mark.parametrize("codes", [["sm_80"], ["sm_90a"]], ids="".join)
 def test_instances_name_headers_that_exist(codes):
     sources = select(codes).sources()
-    own = 2 * (5 + 3 + 2) if codes == ["sm_90a"] else 0  # forward, backward and general forward of v3
+    own = 2 * (5 + 3 + 2 + 2) if codes == ["sm_90a"] else 0  # v3's forward, backward and the general ones
     assert len(sources) == 3 * 3 * len(instances.KERNELS) + own
     for text in sources.values():
         assert (ROOT / "csrc" / text.split('"')[1]).exists()

@@ -249,8 +249,12 @@ def test_refused(case):
 def test_explain(device):
     q, k, v = make_qkv(Shape(2, 4, 2, 100, 120, 64), torch.bfloat16, device)
     explanation = flash_ext.explain(q, k, v, softcap=30.0, window=(10, 0), causal=True)
-    assert explanation.backward == "v2"
-    if device == "cuda":
+    if device == "cpu":
+        assert explanation.algorithm == explanation.backward == "v2"
+    else:
+        lengths = torch.tensor([100, 120], dtype=torch.int32, device=device)
+        explanation = flash_ext.explain(q, k, v, seqlens_k=lengths)
+        assert explanation.algorithm == explanation.backward == "v2"
         assert explanation.num_thread_blocks > 0
 
 

@@ -37,9 +37,8 @@ inline std::string refusal(const AttentionShape& shape, std::initializer_list<In
   return {};
 }
 
-// What of general attention v3 has no kernels for.
-inline std::string general_refusal(const AttentionShape& shape, const GeneralParams& general,
-                                   double softmax_scale) {
+// What of general attention neither v3's forward nor its backward has kernels for.
+inline std::string general_refusal(const AttentionShape& shape, const GeneralParams& general) {
   const auto lacks = [](const char* name) { return std::string("has no kernels with ") + name; };
   if (general.sequences.is_packed()) return lacks("cu_seqlens_q");
   if (general.sequences.seqlens_k != nullptr) return lacks("seqlens_k");
@@ -51,27 +50,47 @@ inline std::string general_refusal(const AttentionShape& shape, const GeneralPar
            std::to_string(shape.head_dim);
   }
   if (shape.seqlen_k == 0) return "needs keys, got seqlen_k 0";  // TMA takes no empty tensors
-  // The powers of softmax_scale / softcap in its polynomial would leave fp32. See Softcap.
-  const double ratio = std::fabs(softmax_scale) / general.softcap;
-  if (general.softcap > 0.0 && softmax_scale != 0.0 && !(ratio >= 1e-4 && ratio <= 1e4)) {
-    return "needs a softcap of 1e-4 to 1e4 times the scale, got " +
-           std::to_string(general.softcap) + " with a scale of " + std::to_string(softmax_scale);
-  }
   return {};
 }
 
 inline std::string refusal(const ForwardParams& p, int element_bytes, bool is_compiled_in,
                            int compute_capability) {
-  const auto reason = refusal(p.shape, {{"q", p.q}, {"k", p.k}, {"v", p.v}}, element_bytes,
-                              is_compiled_in, compute_capability);
+  auto reason = refusal(p.shape, {{"q", p.q}, {"k", p.k}, {"v", p.v}}, element_bytes,
+                        is_compiled_in, compute_capability);
   if (!reason.empty() || !p.is_general) return reason;
-  return general_refusal(p.shape, p.general, p.softmax_scale);
+  reason = general_refusal(p.shape, p.general);
+  if (!reason.empty()) return reason;
+  // The powers of softmax_scale / softcap in its polynomial would leave fp32. See Softcap.
+  const double softcap = p.general.softcap;
+  const double ratio = std::fabs(p.softmax_scale) / softcap;
+  if (softcap > 0.0 && p.softmax_scale != 0.0 && !(ratio >= 1e-4 && ratio <= 1e4)) {
+    return "needs a softcap of 1e-4 to 1e4 times the scale, got " + std::to_string(softcap) +
+           " with a scale of " + std::to_string(p.softmax_scale);
+  }
+  return {};
 }
+
+// The exp2 of a tanh errs by about 2^-22: times more than this it would show in weights. Below the
+// least the cap of what the mask hides would be too small.
+inline constexpr double kMinSoftcap = 1e-3;
+inline constexpr double kMaxSoftcap = 1e3;
 
 inline std::string refusal(const BackwardParams& p, int element_bytes, bool is_compiled_in,
                            int compute_capability) {
-  return refusal(p.shape, {{"q", p.q}, {"k", p.k}, {"v", p.v}, {"out", p.out}, {"dout", p.dout}},
-                 element_bytes, is_compiled_in, compute_capability);
+  auto reason =
+      refusal(p.shape, {{"q", p.q}, {"k", p.k}, {"v", p.v}, {"out", p.out}, {"dout", p.dout}},
+              element_bytes, is_compiled_in, compute_capability);
+  if (!reason.empty() || !p.is_general) return reason;
+  reason = general_refusal(p.shape, p.general);
+  if (!reason.empty()) return reason;
+  if (p.general_gradients.dslopes.data != nullptr) {
+    return "has no kernels with the gradient of alibi_slopes";
+  }
+  const double softcap = p.general.softcap;
+  if (softcap > 0.0 && (softcap < kMinSoftcap || softcap > kMaxSoftcap)) {
+    return "needs a softcap of 0.001 to 1000 in the backward, got " + std::to_string(softcap);
+  }
+  return {};
 }
 
 }  // namespace flash_ext::v3

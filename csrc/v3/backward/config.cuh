@@ -3,6 +3,7 @@
 
 #include "sm90/pipeline.cuh"
 #include "sm90/smem_tile.cuh"
+#include "v3/backward/general_params.cuh"
 #include "v3/backward/kernel_params.cuh"
 #include "v3/backward/workspace.h"
 
@@ -17,14 +18,27 @@ struct alignas(16) TileWork {
   int is_valid;        // 0: there are no more
 };
 
-template <typename Element_, int kHeadDim_, bool kIsDeterministic_>
+// Config::kVSteps of a general kernel.
+template <typename Scores>
+inline constexpr int general_v_steps(int head_dim) {
+  if (Scores::kHasSoftcap) return 1;
+  return head_dim == 128 && !Scores::kHasAlibi ? 3 : 2;
+}
+
+// General kernels learn whether they are deterministic at run time (kIsDeterministic is false):
+// there are enough of them.
+template <typename Element_, int kHeadDim_, bool kIsDeterministic_, typename Scores_ = PlainScores>
 struct Config {
   using Element = Element_;
+  using Scores = Scores_;
+  using Params = typename Scores::Params;
+  static constexpr bool kIsGeneral = backward::kIsGeneral<Params>;
   static constexpr bool kIsDeterministic = kIsDeterministic_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kBlockM = backward_block_m(kHeadDim);
   static constexpr int kConsumers = 2;  // warpgroups of 64 keys
-  static constexpr int kBlockN = 64 * kConsumers;
+  static constexpr int kBlockN = kBackwardBlockN;
+  static_assert(kBlockN == 64 * kConsumers);
   static constexpr int kClusterSize = 1;
   static constexpr int kThreadBlockN = kBlockN;  // keys of a thread block of the cluster
   static constexpr bool kCentresKeys = true;     // dQ comes from K without its mean
@@ -33,7 +47,9 @@ struct Config {
   // How many steps of dP^T = V dO^T along head_dim find V in registers: shared memory binds, and
   // every step less that reads V from there is time. As many as leave no spills in the loop over
   // steps. H200, bf16, over none, from 2k tokens on: 3 to 4% at head_dim 128, 1 to 3% at 64.
-  static constexpr int kVSteps = kHeadDim == 128 && !kIsDeterministic ? 5 : 3;
+  static constexpr int kVSteps = kIsGeneral ? general_v_steps<Scores>(kHeadDim)
+                                 : kHeadDim == 128 && !kIsDeterministic ? 5
+                                                                        : 3;
   // Registers of a thread: a launch gives every thread 65,536 / 384, rounded down to a multiple of
   // 8, and no more can be moved from the producer to the consumers.
   static constexpr int kProducerRegisters = kVSteps == 5 ? 24 : 40;

@@ -9,6 +9,7 @@
 #include "sm90/copy_tile.cuh"
 #include "sm90/warpgroup_gemm.cuh"
 #include "v3/backward/config.cuh"
+#include "v3/backward/general_scores.cuh"
 #include "v3/backward/scores.cuh"
 
 namespace flash_ext::v3::backward {
@@ -20,6 +21,8 @@ class Consumer {
   using KVTile = typename Config::KVTile;
   using DsTile = typename Config::DsTile;
   using SharedStorage = typename Config::SharedStorage;
+  using Params = typename Config::Params;
+  using Scores = typename Config::Scores;
   static constexpr int kBlockM = Config::kBlockM;
   static constexpr int kBlockN = Config::kBlockN;
   static constexpr int kHeadDim = Config::kHeadDim;
@@ -27,8 +30,7 @@ class Consumer {
   using Rows = sm90::SmemTile<Element, 16 * kSteps, kHeadDim>;  // of a QTile
 
  public:
-  __device__ __forceinline__ Consumer(SharedStorage& smem, const KernelParams& params,
-                                      int warpgroup_idx)
+  __device__ __forceinline__ Consumer(SharedStorage& smem, const Params& params, int warpgroup_idx)
       : smem_(smem),
         p_(params),
         warpgroup_idx_(warpgroup_idx),
@@ -62,7 +64,7 @@ class Consumer {
   struct Step {
     int row0;            // of the query block
     int key0;            // of this warpgroup
-    int first_full_row;  // query blocks from here on see all its keys
+    int first_full_row;  // query blocks from here on see all its keys; plain kernels only
     bool is_last;        // of the tile
   };
 
@@ -77,10 +79,11 @@ class Consumer {
       return;
     }
     const int key0 = ptx::warp_uniform(tile().n_block) * kBlockN + 64 * warpgroup_idx_;
+    const auto& mask = mask_of(p_);
     const int first_full_row =
-        key0 + 64 <= p_.mask.seqlen_k ? p_.mask.row_begin(key0 + 63) : p_.mask.seqlen_q;
+        key0 + 64 <= mask.seqlen_k ? mask.row_begin(key0 + 63) : mask.seqlen_q;
     Step step{first_row, key0, first_full_row, steps == 1};
-    const int hidden_rows = p_.mask.row_begin(key0) - first_row;
+    const int hidden_rows = mask.row_begin(key0) - first_row;
     constexpr int kHalf = kBlockM > 64 ? kBlockM / 2 : 0;
     if (hidden_rows >= kBlockM) {
       skip_first(step.is_last);
@@ -92,12 +95,27 @@ class Consumer {
 #pragma unroll 1
     for (int i = 1; i < steps; ++i) {
       step.row0 += kBlockM;
-      if (step.row0 >= p_.mask.seqlen_q) step.row0 = first_row;  // of the next head
+      if (step.row0 >= past_last_row()) step.row0 = first_row;  // of the next head
       step.is_last = i == steps - 1;
       compute</*kIsFirst=*/false>(step);
     }
     if (lane_idx_ == 0) ptx::mbarrier_arrive(smem_.k_centred_barriers.empty[0]);
     kv_at_.advance();
+  }
+
+  // Whether the step's queries see all keys of the warpgroup. Those beyond the last have weights
+  // of 0 without masking. A window has two limits, which are not kept: no register is free.
+  __device__ __forceinline__ bool is_full(const Step& step) const {
+    if constexpr (!Config::kIsGeneral) return step.row0 >= step.first_full_row;
+    const auto& mask = mask_of(p_);
+    if (step.key0 + 64 > mask.seqlen_k || step.row0 < mask.row_begin(step.key0 + 63)) return false;
+    return min(step.row0 + kBlockM, mask.seqlen_q) <= mask.row_end(step.key0);
+  }
+
+  // Of the steps of a head.
+  __device__ __forceinline__ int past_last_row() const {
+    if constexpr (Config::kIsGeneral) return ptx::warp_uniform(tile().m_end) * kBlockM;
+    return p_.mask.seqlen_q;
   }
 
   // The first step is code of its own: what it alone has to do lies in nobody else's way. The rows
@@ -119,15 +137,31 @@ class Consumer {
 
     if (kIsFirst) centre_keys();
     const auto& statistics = smem_.statistics[at_.stage];
-    const bool is_plain = step.row0 >= step.first_full_row && statistics.has_huge == 0;
+    const bool is_plain = is_full(step) && statistics.has_huge == 0;
     ptx::wgmma_wait_group<1>();
     if (step.is_last && lane_idx_ == 0) ptx::mbarrier_arrive(smem_.k_barriers.empty[0]);
-    if (!is_plain) adjust_scores(acc_s, step.row0 + kFirstRow, step.key0);
-    recompute_p(acc_s, statistics.lse_log2 + kFirstRow + first_col(), signed_scale_log2_);
-    sm90::pack_operand<Element>(frag_p, acc_s);
+    const float* const lse_log2 = statistics.lse_log2 + kFirstRow + first_col();
+    const float* const delta = smem_.delta[at_.stage] + kFirstRow + first_col();
+    const int row0 = step.row0 + kFirstRow;
+    const float distance = first_distance(row0, step.key0);
+    if constexpr (Scores::kHasSoftcap) {
+      apply_tanh(acc_s, p_.tanh_exponent);
+      if (!is_plain) hide_scores(acc_s, p_.band, kHiddenTanh, own_key(step.key0), own_row(row0));
+    } else {
+      if constexpr (Scores::kHasAlibi) add_alibi(acc_s, statistics.slope, distance);
+      if (!is_plain) adjust_scores(acc_s, row0, step.key0);
+      recompute_p(acc_s, lse_log2, signed_scale_log2_);
+      sm90::pack_operand<Element>(frag_p, acc_s);
+    }
     ptx::wgmma_wait_group<0>();
     if (step.is_last && lane_idx_ == 0) ptx::mbarrier_arrive(smem_.v_barriers.empty[0]);
-    compute_ds(acc_dp, acc_s, smem_.delta[at_.stage] + kFirstRow + first_col());
+    if constexpr (Scores::kHasSoftcap) {
+      compute_capped_p_ds<Scores::kHasAlibi>(acc_s, acc_dp, lse_log2, delta, p_.scale.log2,
+                                             statistics.slope, distance);
+      sm90::pack_operand<Element>(frag_p, acc_s);
+    } else {
+      compute_ds(acc_dp, acc_s, delta);
+    }
     sm90::pack_operand<Element>(frag_ds, acc_dp);
     if (kIsFirst) await_gradient_sent();  // dV lies there
     if constexpr (kFirstRow > 0) {
@@ -235,6 +269,20 @@ class Consumer {
     if (lane_idx_ == 0) ptx::mbarrier_arrive(smem_.k_centred_barriers.full[0]);
   }
 
+  // The first query and the first key of this thread, from those of the warpgroup.
+  __device__ __forceinline__ int own_row(int row0) const { return row0 + first_col(); }
+  __device__ __forceinline__ int own_key(int key0) const {
+    return key0 + 16 * warp_idx_ + lane_idx_ / 4;
+  }
+
+  // Of that query from that key along the diagonal, for ALiBi.
+  __device__ __forceinline__ float first_distance(int row0, int key0) const {
+    if constexpr (!Scores::kHasAlibi)
+      return 0.f;
+    else
+      return static_cast<float>(own_row(row0) + p_.band.diagonal - own_key(key0));
+  }
+
   // This thread's first column of S^T, first query of the block.
   __device__ __forceinline__ int first_col() const { return lane_idx_ % 4 * 2; }
 
@@ -242,8 +290,8 @@ class Consumer {
   // `row0`, `key0`: the first query and the first key of this warpgroup.
   template <int kN>
   __device__ __forceinline__ void adjust_scores(float (&acc_s)[kN][4], int row0, int key0) {
-    const int row = row0 + first_col();
-    mask_scores(acc_s, p_.mask, p_.scale.negate, key0 + 16 * warp_idx_ + lane_idx_ / 4, row);
+    const int row = own_row(row0);
+    mask_scores(acc_s, mask_of(p_), p_.scale.negate, own_key(key0), row);
     const auto& statistics = smem_.statistics[at_.stage];
     if (!statistics.has_huge) return;
     const float* lse = p_.lse + int64_t{statistics.batch_head} * p_.mask.seqlen_q + row;
@@ -330,7 +378,7 @@ class Consumer {
   }
 
   SharedStorage& smem_;
-  const KernelParams& p_;
+  const Params& p_;
   const int warpgroup_idx_;
   const int warp_idx_;
   const int lane_idx_;

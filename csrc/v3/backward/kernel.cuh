@@ -55,7 +55,7 @@ namespace flash_ext::v3::backward {
 
 template <typename Config>
 __global__ void __launch_bounds__(Config::kNumThreads, 1)
-    backward_kernel(const __grid_constant__ KernelParams p) {
+    backward_kernel(const __grid_constant__ typename Config::Params p) {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
   constexpr int kConsumerWarps = 4 * Config::kConsumers;
   extern __shared__ __align__(1024) char smem_bytes[];

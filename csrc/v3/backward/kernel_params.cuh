@@ -26,6 +26,7 @@ struct alignas(16) RowStatistics {
   int has_huge;    // there is such a row
   int batch_head;  // whose rows these are
   int row0;        // the first of them
+  float slope;     // of ALiBi, as GeneralKernelParams::slope_factor makes it
 };
 
 // Of a log-sum-exp in natural units: see kHugeLog2, and subtract_huge_lse().

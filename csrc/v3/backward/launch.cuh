@@ -23,7 +23,8 @@ namespace v3::backward {
 template <typename Config>
 int64_t section_heads(const BackwardParams& params, int64_t num_n_blocks, int64_t num_walkers) {
   const AttentionShape& s = params.shape;
-  if (!params.mask.is_causal) return 1;
+  if (!params.deterministic && params.general.window_left >= 0) return 1;  // all are equal, too
+  if (!params.mask.is_causal && params.general.window_left < 0) return 1;
   if (!params.deterministic && num_walkers % num_n_blocks == 0) return 1;
   constexpr int64_t kElementBytes = 2 * sizeof(typename Config::Element) + sizeof(float);
   const int64_t head_bytes = kElementBytes * s.seqlen_q * s.head_dim * s.group_size();
@@ -92,23 +93,23 @@ KernelParams make_kernel_params(const BackwardParams& params) {
                           : nullptr};
 }
 
-template <typename Config>
-void launch_kernels(const BackwardParams& params, void (*main_kernel)(KernelParams),
+template <typename Config, typename Params>
+void launch_kernels(const BackwardParams& params, const Params& p, void (*main_kernel)(Params),
                     cudaStream_t stream) {
   using Element = typename Config::Element;
   constexpr int kHeadDim = Config::kHeadDim;
   constexpr int kBlockM = Config::kBlockM;
   static_assert(kBlockM == backward_block_m(kHeadDim));
   const AttentionShape& s = params.shape;
-  const KernelParams p = make_kernel_params<Config>(params);
   const int64_t row_blocks = s.batch * s.heads_q * p.num_m_blocks;
-  launch_kernel(preprocess_kernel<Element, kHeadDim, kBlockM>, s.batch * s.heads_kv + row_blocks,
-                kPreprocessThreads, 0, stream, "the v3 backward's preprocess kernel", p, s);
+  launch_kernel(preprocess_kernel<Element, kHeadDim, kBlockM, Params>,
+                s.batch * s.heads_kv + row_blocks, kPreprocessThreads, 0, stream,
+                "the v3 backward's preprocess kernel", p, s);
   launch_kernel(main_kernel, int64_t{p.schedule.num_walkers} * Config::kClusterSize,
                 Config::kNumThreads, sizeof(typename Config::SharedStorage), stream,
                 "the v3 backward's main kernel", p, s, Overlap::kPrevious);
   if (params.dq.data == nullptr) return;
-  launch_kernel(postprocess_kernel<Element, kHeadDim, kBlockM>,
+  launch_kernel(postprocess_kernel<Element, kHeadDim, kBlockM, Params>,
                 row_blocks * (kBlockM / 64) * (kHeadDim / 64), kPostprocessThreads, 0, stream,
                 "the v3 backward's postprocess kernel", p, s, Overlap::kPrevious);
 }
@@ -122,14 +123,14 @@ void launch_backward_v3(const BackwardParams& params, CudaStream stream) {
   using namespace v3::backward;
   if constexpr (kHeadDim == 256) {
     using Main = PairConfig<Element>;
-    launch_kernels<Main>(params, pair_kernel<Main>, stream);
+    launch_kernels<Main>(params, make_kernel_params<Main>(params), pair_kernel<Main>, stream);
   } else {
     if (params.deterministic && params.dq.data != nullptr) {
       using Main = Config<Element, kHeadDim, /*kIsDeterministic=*/true>;
-      launch_kernels<Main>(params, backward_kernel<Main>, stream);
+      launch_kernels<Main>(params, make_kernel_params<Main>(params), backward_kernel<Main>, stream);
     } else {
       using Main = Config<Element, kHeadDim, /*kIsDeterministic=*/false>;
-      launch_kernels<Main>(params, backward_kernel<Main>, stream);
+      launch_kernels<Main>(params, make_kernel_params<Main>(params), backward_kernel<Main>, stream);
     }
   }
 }

@@ -4,16 +4,16 @@
 #include "common/centred_keys.cuh"
 #include "ptx/griddepcontrol.cuh"
 #include "sm90/store_rows.cuh"
-#include "v3/backward/kernel_params.cuh"
+#include "v3/backward/general_params.cuh"
 
 namespace flash_ext::v3::backward {
 
 inline constexpr int kPostprocessThreads = 128;
 
 // 64 query rows and 64 columns, by a warpgroup that reads back what another one added.
-template <typename Element, int kHeadDim, int kBlockM>
+template <typename Element, int kHeadDim, int kBlockM, typename Params>
 __global__ void __launch_bounds__(kPostprocessThreads)
-    postprocess_kernel(const __grid_constant__ KernelParams p) {
+    postprocess_kernel(const __grid_constant__ Params p) {
   constexpr int kCols = 64;
   constexpr int kTilesN = kCols / 8;
   constexpr int kPieces = kHeadDim / kCols;
@@ -41,9 +41,10 @@ __global__ void __launch_bounds__(kPostprocessThreads)
     acc_dq[n][3] = x.w;
   }
   constexpr float kKeyScale = kHeadDim == 256 ? 1.f : kCentredKeyScale<Element>;
-  // A row of dS sums to dL. The main kernel has left the mean of K out of the product, and with it
-  // dL times the mean; or, where there are row sums, it has not, and their error is in the result.
-  if (p.dlse != nullptr || p.dq_row_sum != nullptr) {
+  // A row of dS sums to dL, and with a sink to exp(sink - L) D more. The main kernel has left the
+  // mean of K out of the product, and with it dL times the mean; or, where there are row sums, it
+  // has not, and their error is in the result.
+  if (p.dlse != nullptr || p.dq_row_sum != nullptr || has_sinks(p)) {
     const int64_t kv_head = int64_t{batch_idx} * p.heads_kv + head_idx / p.group_size;
     const float* mean = p.key_mean + kv_head * kHeadDim + col0 + lane_idx % 4 * 2;
 #pragma unroll
@@ -52,6 +53,9 @@ __global__ void __launch_bounds__(kPostprocessThreads)
       const int64_t at = batch_head * p.mask.seqlen_q + row;
       const bool has_dlse = p.dlse != nullptr && row < p.mask.seqlen_q && p.lse[at] != -INFINITY;
       float missing = has_dlse ? p.dlse[at] : 0.f;
+      if (has_sinks(p) && row < p.mask.seqlen_q) {
+        missing += sink_weight(p, head_idx, p.lse[at]) * p.delta[rows64 * 64 + row % 64];
+      }
       if (p.dq_row_sum != nullptr) {
         const float* sums =
             p.dq_row_sum + rows64 * 128 + threadIdx.x / 32 * 16 + lane_idx / 4 + 8 * half;

@@ -4,7 +4,8 @@
 
 #include "common/numeric.cuh"
 #include "ptx/griddepcontrol.cuh"
-#include "v3/backward/kernel_params.cuh"
+#include "v3/backward/general_params.cuh"
+#include "v3/backward/workspace.h"
 
 namespace flash_ext::v3::backward {
 
@@ -34,9 +35,21 @@ __device__ __forceinline__ float element(const uint4& eight, int i) {
   return to_float(reinterpret_cast<const Element*>(&eight)[i]);
 }
 
+// Key blocks add to the dQ of a block of query rows in turns, which begin with the first that does.
+__device__ __forceinline__ int first_turn(const KernelParams&, int) { return 0; }
+__device__ __forceinline__ int first_turn(const GeneralKernelParams& p, int row0) {
+  return p.band.key_begin(row0) / kBackwardBlockN;
+}
+
+// Under a softcap none is: scores are small, and a bias is the caller's.
+__device__ __forceinline__ bool subtracts_huge_lse(const KernelParams&) { return true; }
+__device__ __forceinline__ bool subtracts_huge_lse(const GeneralKernelParams& p) {
+  return !p.has_softcap;
+}
+
 // One block of query rows. A row is read by kHeadDim / 8 neighbouring threads.
-template <typename Element, int kHeadDim, int kBlockM>
-__device__ __forceinline__ void row_statistics(const KernelParams& p, int64_t block) {
+template <typename Element, int kHeadDim, int kBlockM, typename Params>
+__device__ __forceinline__ void row_statistics(const Params& p, int64_t block) {
   constexpr int kThreadsPerRow = kHeadDim / 8;
   constexpr int kRowsPerPass = kPreprocessThreads / kThreadsPerRow;
   constexpr int kPasses = kBlockM / kRowsPerPass;
@@ -76,7 +89,9 @@ __device__ __forceinline__ void row_statistics(const KernelParams& p, int64_t bl
   if (p.dq_row_sum != nullptr && threadIdx.x < 2 * kBlockM) {
     p.dq_row_sum[block * (2 * kBlockM) + threadIdx.x] = 0.f;
   }
-  if (p.dq_turns != nullptr && threadIdx.x < 2) p.dq_turns[2 * block + threadIdx.x] = 0;
+  if (p.dq_turns != nullptr && threadIdx.x < 2) {
+    p.dq_turns[2 * block + threadIdx.x] = first_turn(p, row0);
+  }
 #pragma unroll
   for (int i = 0; i < kPasses; ++i) {
     float sum = 0.f;
@@ -89,28 +104,58 @@ __device__ __forceinline__ void row_statistics(const KernelParams& p, int64_t bl
     if (col == 0) row_sums[i * kRowsPerPass + row_in_pass] = sum;
   }
   auto& statistics = reinterpret_cast<RowStatistics<kBlockM>*>(p.row_statistics)[block];
-  const bool has_huge = __syncthreads_or(is_huge_lse(lse));
+  const bool is_huge = subtracts_huge_lse(p) && is_huge_lse(lse);
+  const bool has_huge = __syncthreads_or(is_huge);
   if (threadIdx.x < kBlockM) {
-    p.delta[block * kBlockM + threadIdx.x] =
-        row_sums[threadIdx.x] - (lse != -INFINITY ? dlse : 0.f);
-    statistics.lse_log2[threadIdx.x] = (is_huge_lse(lse) ? 0.f : backward_lse_log2(lse)) -
+    const float delta = row_sums[threadIdx.x] - (lse != -INFINITY ? dlse : 0.f);
+    p.delta[block * kBlockM + threadIdx.x] = delta;
+    statistics.lse_log2[threadIdx.x] = (is_huge ? 0.f : backward_lse_log2(lse)) -
                                        static_cast<float>(kWeightShift<Element, kHeadDim>);
+    if constexpr (kIsGeneral<Params>) {
+      const float weight = owns_row ? sink_weight(p, static_cast<int>(head_idx), lse) : 0.f;
+      row_sums[threadIdx.x] = -weight * delta;
+    }
   }
   if (threadIdx.x == 0) {
     statistics.has_huge = has_huge;
     statistics.batch_head = static_cast<int>(batch_head);
     statistics.row0 = row0;
   }
+  if constexpr (kIsGeneral<Params>) {
+    if (threadIdx.x == 0 && p.alibi_slopes.data != nullptr) {
+      statistics.slope =
+          p.slope_factor * p.alibi_slopes.template at<const float>(batch_idx, head_idx)[0];
+    }
+    if (p.dsink_blocks == nullptr) return;
+    __syncthreads();
+    if (threadIdx.x >= 32) return;
+    float sum = 0.f;
+    for (int row = static_cast<int>(threadIdx.x); row < kBlockM; row += 32) sum += row_sums[row];
+#pragma unroll
+    for (int offset = 16; offset > 0; offset /= 2) {
+      sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+    }
+    if (threadIdx.x == 0) p.dsink_blocks[block] = sum;
+  }
 }
 
 // Rounded to an element, so that K minus it is one rounding of the true difference. Columns whose
 // mean is small beside their values keep 0: subtracting it would only round K again.
-template <typename Element, int kHeadDim>
-__device__ __forceinline__ void key_mean(const KernelParams& p, int batch_kv_head) {
+//
+// Under a softcap the mean is 0, and dQ comes from K as it is: what a row of dS sums to behind the
+// softcap nobody knows but the sum itself.
+template <typename Element, int kHeadDim, typename Params>
+__device__ __forceinline__ void key_mean(const Params& p, int batch_kv_head) {
   constexpr int kThreadsPerRow = kHeadDim / 8;
   constexpr int kRowsPerPass = kPreprocessThreads / kThreadsPerRow;
   constexpr float kSmallMean = 0.25f;
   __shared__ float partial[2][kRowsPerPass][kHeadDim];
+  if constexpr (kIsGeneral<Params>) {
+    if (p.has_softcap) {
+      if (threadIdx.x < kHeadDim) p.key_mean[int64_t{batch_kv_head} * kHeadDim + threadIdx.x] = 0.f;
+      return;
+    }
+  }
   const int col = threadIdx.x % kThreadsPerRow * 8;
   const int row_in_pass = threadIdx.x / kThreadsPerRow;
   const Element* k =
@@ -149,9 +194,9 @@ __device__ __forceinline__ void key_mean(const KernelParams& p, int batch_kv_hea
 
 // The key heads first: theirs is the longer work. Then the query rows from the last to the first:
 // what was touched last is what the main kernel begins with, and finds in L2.
-template <typename Element, int kHeadDim, int kBlockM>
+template <typename Element, int kHeadDim, int kBlockM, typename Params>
 __global__ void __launch_bounds__(kPreprocessThreads)
-    preprocess_kernel(const __grid_constant__ KernelParams p) {
+    preprocess_kernel(const __grid_constant__ Params p) {
   ptx::griddepcontrol_launch_dependents();
   const unsigned key_heads = p.schedule.order.num_heads;
   if (blockIdx.x < key_heads) {

@@ -27,10 +27,11 @@ template <typename Config>
 class Producer {
   using SharedStorage = typename Config::SharedStorage;
   using QTile = typename Config::QTile;
+  using Params = typename Config::Params;
   static constexpr int kBlockM = Config::kBlockM;
 
  public:
-  __device__ __forceinline__ Producer(SharedStorage& smem, const KernelParams& params)
+  __device__ __forceinline__ Producer(SharedStorage& smem, const Params& params)
       : smem_(smem), p_(params) {}
 
   __device__ __forceinline__ void run() {
@@ -55,9 +56,19 @@ class Producer {
   }
 
  private:
+  __device__ __forceinline__ BlockRange steps_of(const Tile& tile) const {
+    const int key0 = tile.n_block * Config::kBlockN;
+    if constexpr (Config::kIsGeneral) {
+      const int last_key = min(key0 + Config::kBlockN, p_.band.seqlen_k) - 1;
+      const BlockRange blocks = query_blocks(p_.band, key0, last_key, Config::kBlockM);
+      return {blocks.begin, max(blocks.begin, blocks.end)};
+    } else {
+      return query_blocks(p_.mask, key0, Config::kBlockM);
+    }
+  }
+
   __device__ __forceinline__ TileWork announce(const Tile& tile) {
-    const BlockRange blocks =
-        query_blocks(p_.mask, tile.n_block * Config::kBlockN, Config::kBlockM);
+    const BlockRange blocks = steps_of(tile);
     const TileWork work{tile.n_block,
                         tile.kv_head_idx,
                         tile.batch_idx,
@@ -110,7 +121,7 @@ class Producer {
   }
 
   SharedStorage& smem_;
-  const KernelParams& p_;
+  const Params& p_;
   sm90::RingPosition<Config::kStages> at_;
   sm90::RingPosition<2> tile_at_;
   sm90::RingPosition<1> kv_at_;
@@ -123,6 +134,7 @@ template <typename Config>
 __device__ __forceinline__ void add_dq(typename Config::SharedStorage& smem,
                                        const KernelParams& p) {
   constexpr int kFloats = Config::kBlockM * Config::kHeadDim;
+  const bool takes_turns = Config::kIsGeneral ? p.dq_turns != nullptr : Config::kIsDeterministic;
   sm90::RingPosition<1> dq_at;
   for (sm90::RingPosition<2> at;; at.advance()) {
     sm90::wait_full(smem.tile_barriers, at);
@@ -132,7 +144,7 @@ __device__ __forceinline__ void add_dq(typename Config::SharedStorage& smem,
     for_each_step(p, tile, [&](int head_idx, int m_block) {
       const int64_t block = row_block(p, tile.batch_idx, head_idx, m_block);
       sm90::wait_full(smem.dq_barriers, dq_at);
-      if (Config::kIsDeterministic) {  // key blocks add in order
+      if (takes_turns) {  // key blocks add in order
         while (ptx::load_acquire(p.dq_turns + 2 * block) < tile.n_block) {
         }
         ptx::fence_proxy_async_all();
@@ -143,7 +155,7 @@ __device__ __forceinline__ void add_dq(typename Config::SharedStorage& smem,
         ptx::tma_store_wait_read();
       }
       ptx::mbarrier_arrive(smem.dq_barriers.empty[0]);
-      if (Config::kIsDeterministic) {
+      if (takes_turns) {
         ptx::bulk_wait();
         ptx::fence_proxy_async_all();
         ptx::add_release(p.dq_turns + 2 * block, 1);

@@ -11,6 +11,9 @@ inline constexpr int backward_block_m(int64_t padded_head_dim) {
   return padded_head_dim == 64 ? 128 : 64;
 }
 
+// Keys of a tile, at head_dim up to 128.
+inline constexpr int kBackwardBlockN = 128;
+
 // The sections of BackwardParams::workspace, as offsets in floats.
 //   lse_log2:  (batch, heads_q, blocks of seqlen_q, kBlockM + 4); see RowStatistics
 //   delta:     (batch, heads_q, padded seqlen_q)
@@ -20,6 +23,7 @@ inline constexpr int backward_block_m(int64_t padded_head_dim) {
 //               256 only
 //   dq_turns:   integers, (batch, heads_q, blocks of seqlen_q, 2), likewise, for deterministic
 //               gradients only
+//   dsink_blocks: (batch, heads_q, blocks of seqlen_q), where dsinks is asked for
 struct BackwardWorkspace {
   int64_t num_m_blocks = 0;
   int64_t lse_log2 = 0;
@@ -28,6 +32,7 @@ struct BackwardWorkspace {
   int64_t dq_accum = 0;
   int64_t dq_row_sum = 0;
   int64_t dq_turns = 0;
+  int64_t dsink_blocks = 0;
   int64_t num_floats = 0;
 
   explicit BackwardWorkspace(const BackwardParams& params) {
@@ -42,7 +47,8 @@ struct BackwardWorkspace {
     const int64_t dq_rows = params.dq.data != nullptr ? blocks * block_m : 0;
     dq_row_sum = dq_accum + dq_rows * s.padded_head_dim();
     dq_turns = dq_row_sum + (s.padded_head_dim() == 256 ? 2 * dq_rows : 0);
-    num_floats = dq_turns + (params.deterministic ? 2 * dq_rows / block_m : 0);
+    dsink_blocks = dq_turns + (params.deterministic ? 2 * dq_rows / block_m : 0);
+    num_floats = dsink_blocks + (params.general_gradients.dsinks.data != nullptr ? blocks : 0);
   }
 };
 

@@ -1,0 +1,73 @@
+// Host side of the v3 backward with window, softcap, ALiBi and sinks.
+#pragma once
+
+#include <cmath>
+
+#include "v3/backward/dsinks.cuh"
+#include "v3/backward/launch.cuh"
+
+namespace flash_ext {
+namespace v3::backward {
+
+// What plain kernels are told of a call: the kernels around the main one ask for no more.
+inline BackwardParams without_band(BackwardParams params) {
+  const AttentionShape& s = params.shape;
+  params.mask = Mask::make(params.general.causal, s.seqlen_q, s.seqlen_k);
+  return params;
+}
+
+template <typename Config>
+GeneralKernelParams make_general_params(const BackwardParams& params) {
+  const GeneralParams& general = params.general;
+  const BackwardWorkspace sections(params);
+  GeneralKernelParams p{make_kernel_params<Config>(params)};
+  p.band = general.band(general.sequences[0]);
+  p.alibi_slopes = general.alibi_slopes;
+  p.sinks = general.sinks;
+  p.dsink_blocks = params.general_gradients.dsinks.data != nullptr
+                       ? params.workspace + sections.dsink_blocks
+                       : nullptr;
+  p.has_softcap = general.softcap > 0.0;
+  // See general_params.cuh. A scale of 0 is not divided by: see softmax_scale_log2().
+  const double scale = params.softmax_scale == 0.0 ? 1e-30 : params.softmax_scale;
+  p.scale = SoftmaxScale(p.has_softcap ? general.softcap : scale);
+  p.slope_factor = static_cast<float>(p.has_softcap ? -kLog2e : -1.0 / scale);
+  p.tanh_exponent = p.has_softcap
+                        ? static_cast<float>(2.0 * kLog2e * params.softmax_scale / general.softcap)
+                        : 0.f;
+  return p;
+}
+
+template <typename Element, int kHeadDim, bool kHasSoftcap, bool kHasAlibi>
+void launch_general(const BackwardParams& params, cudaStream_t stream) {
+  using Main =
+      Config<Element, kHeadDim, /*kIsDeterministic=*/false, GeneralScores<kHasSoftcap, kHasAlibi>>;
+  const GeneralKernelParams p = make_general_params<Main>(params);
+  launch_kernels<Main>(params, p, backward_kernel<Main>, stream);
+  const HeadTensor& dsinks = params.general_gradients.dsinks;
+  if (dsinks.data == nullptr) return;
+  const AttentionShape& s = params.shape;
+  const DsinksParams sum{p.dsink_blocks, dsinks, static_cast<int>(s.batch), p.heads_q,
+                         p.num_m_blocks};
+  launch_kernel(dsinks_kernel<kDsinksThreads>, s.heads_q, kDsinksThreads, 0, stream,
+                "the v3 backward's dsinks kernel", sum, s);
+}
+
+}  // namespace v3::backward
+
+// As launch_backward_v3, for calls that v3::refusal() accepts.
+template <typename Element, int kHeadDim>
+void launch_general_backward_v3(const BackwardParams& call, CudaStream stream) {
+  using namespace v3::backward;
+  const BackwardParams params = without_band(call);
+  const bool has_alibi = params.general.alibi_slopes.data != nullptr;
+  if (params.general.softcap > 0.0) {
+    has_alibi ? launch_general<Element, kHeadDim, true, true>(params, stream)
+              : launch_general<Element, kHeadDim, true, false>(params, stream);
+  } else {
+    has_alibi ? launch_general<Element, kHeadDim, false, true>(params, stream)
+              : launch_general<Element, kHeadDim, false, false>(params, stream);
+  }
+}
+
+}  // namespace flash_ext

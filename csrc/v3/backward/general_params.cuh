@@ -1,0 +1,65 @@
+// What the v3 backward needs to know of window, softcap, ALiBi and sinks (common/general.h).
+//
+// The main kernel computes weights as exp2(x * scale.log2 - L), with x as the products Q K^T come.
+// A bias is added in units of x, so that the exponent stays one FMA. The softcap makes x the tanh
+// and scale the cap. It takes the bias behind that, in units of log2: the tanh itself must stay.
+// Sinks only change L, and what rows of dS sum to: that is for the kernels around the main one.
+//
+// What v2 does and this does not: sum up the rows of the computed dS. From that v2 learns the error
+// e of D, which comes from a rounded out, and what rows sum to behind a softcap. So here dQ is off
+// by e * exp(sink - L) * mean(K) with a sink, and under a softcap comes from K with its mean.
+#pragma once
+
+#include <type_traits>
+
+#include "common/general.h"
+#include "v3/backward/kernel_params.cuh"
+
+namespace flash_ext::v3::backward {
+
+struct GeneralKernelParams : KernelParams {
+  BandMask band;
+  HeadTensor alibi_slopes;  // data == nullptr: none
+  float slope_factor;       // makes a slope a bias for each key of distance
+  HeadTensor sinks;         // data == nullptr: none
+  float* dsink_blocks;      // nullptr: not asked for. What each block of query rows adds to dsinks
+  bool has_softcap;
+  float tanh_exponent;  // of tanh(y) = 1 - 2 / (1 + exp2(2 y log2(e))), for a score of 1
+};
+
+template <typename Params>
+inline constexpr bool kIsGeneral = std::is_same_v<Params, GeneralKernelParams>;
+
+// What a main kernel does to scores, at compile time: every step costs registers.
+struct PlainScores {
+  using Params = KernelParams;
+  static constexpr bool kHasSoftcap = false;
+  static constexpr bool kHasAlibi = false;
+};
+
+// A band of any window, too.
+template <bool kHasSoftcap_, bool kHasAlibi_>
+struct GeneralScores {
+  using Params = GeneralKernelParams;
+  static constexpr bool kHasSoftcap = kHasSoftcap_;
+  static constexpr bool kHasAlibi = kHasAlibi_;
+};
+
+__device__ __forceinline__ const Mask& mask_of(const KernelParams& p) { return p.mask; }
+__device__ __forceinline__ const BandMask& mask_of(const GeneralKernelParams& p) { return p.band; }
+
+__device__ __forceinline__ constexpr bool has_sinks(const KernelParams&) { return false; }
+__device__ __forceinline__ bool has_sinks(const GeneralKernelParams& p) {
+  return p.sinks.data != nullptr;
+}
+
+// The weight of the sink in a row's softmax, exp(sink - L).
+__device__ __forceinline__ float sink_weight(const KernelParams&, int, float) { return 0.f; }
+__device__ __forceinline__ float sink_weight(const GeneralKernelParams& p, int head_idx,
+                                             float lse) {
+  if (!has_sinks(p)) return 0.f;
+  const float sink = *p.sinks.at<const float>(0, head_idx);
+  return sink == -INFINITY ? 0.f : expf(sink - lse);
+}
+
+}  // namespace flash_ext::v3::backward
