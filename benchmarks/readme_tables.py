@@ -225,6 +225,37 @@ def build_section(results):
     return f"{table}\n\n{source_line(results, 'python -m benchmarks.build_time', memory)}"
 
 
+def features_section(results):
+    """What general attention's arguments cost, and how they fare beside others."""
+    kinds = [(head_dim, pass_name) for head_dim in (64, 128) for pass_name in PASSES]
+    header = [f"{pass_name}, d={head_dim}" for head_dim, pass_name in kinds]
+
+    times, costs = {}, {}
+    for row in results["rows"]:
+        times[row["contest"], row["head_dim"], row["pass"], row["impl"]] = row["ms"]
+    for (contest, *kind, name), ms in times.items():
+        plain = times.get((contest, *kind, PLAIN))
+        if contest in ("scores", "masks") and plain is not None and "SDPA" not in name and "Flex" not in name:
+            costs.setdefault(name, {})[tuple(kind)] = f"{ms / plain:.2f}"
+    lines = [[name, *(cells.get(kind, "-") for kind in kinds)] for name, cells in costs.items() if name != PLAIN]
+    cost_table = markdown_table(["argument", *header], lines)
+
+    ratios = {}
+    for line in results["promises"]:
+        over = re.sub(r", .*", "", line["over"]) if line["over"] != PLAIN else PLAIN
+        key = (line["contest"], line["ours"], over, line["pass"])
+        cell = "not run" if line["ratio"] is None else f"{line['ratio']:.2f}"
+        ratios.setdefault(key, {"at_least": line["at_least"]})[line["head_dim"]] = cell
+    lines = [
+        [f"{contest}: {ours}", over, pass_name, cells["at_least"], cells.get(64, "-"), cells.get(128, "-")]
+        for (contest, ours, over, pass_name), cells in ratios.items()
+    ]
+    ratio_table = markdown_table(["what", "over", "pass", "aim", "d=64", "d=128"], lines)
+    return "\n\n".join([cost_table, ratio_table, source_line(results, "python -m benchmarks.features")])
+
+
+PLAIN = "v3, plain"  # the contender that costs are relative to
+
 SECTIONS = {
     "attention": ("attention", attention_section),
     "ratios": ("attention", ratios_section),
@@ -237,6 +268,7 @@ SECTIONS = {
     "gpu_check": ("gpu_check", gpu_check_section),
     "train_check": ("train_check", train_check_section),
     "build": ("build", build_section),
+    "features": ("features", features_section),
 }
 
 

@@ -13,18 +13,31 @@ def _keys_of_row(row, seqlen_k, diagonal):
     return min(max(row + 1 + diagonal, 0), seqlen_k)
 
 
-def visible_scores(seqlen_q, seqlen_k, causal="none"):
-    """How many elements of one seqlen_q x seqlen_k score matrix the mask leaves."""
-    diagonal = _diagonal(seqlen_q, seqlen_k, causal)
-    first_row = min(max(-diagonal, 0), seqlen_q)  # rows before it see nothing
-    full_row = min(max(seqlen_k - 1 - diagonal, first_row), seqlen_q)  # rows from it on see every key
-    first, last = first_row + 1 + diagonal, full_row + diagonal
-    return (full_row - first_row) * (first + last) // 2 + (seqlen_q - full_row) * seqlen_k
+def _sum_of_clamped(first, count, upper):
+    """The sum of `count` consecutive integers from `first` on, each clamped to 0..upper."""
+    below = min(max(-first, 0), count)
+    above = min(max(first + count - 1 - upper, 0), count - below)
+    inside = count - below - above
+    return inside * (2 * (first + below) + inside - 1) // 2 + above * upper
 
 
-def forward_flops(batch, heads, seqlen_q, seqlen_k, head_dim, causal="none"):
+def visible_scores(seqlen_q, seqlen_k, causal="none", window=(-1, -1)):
+    """How many elements of one seqlen_q x seqlen_k score matrix the causal mask and the window leave.
+
+    Row i stands at key i + diagonal, which is in the bottom right corner for the last row also without
+    a causal mask.
+    """
+    left, right = window
+    right = 0 if causal != "none" else right
+    diagonal = _diagonal(seqlen_q, seqlen_k, "bottom_right" if causal == "none" else causal)
+    ends = seqlen_q * seqlen_k if right < 0 else _sum_of_clamped(diagonal + right + 1, seqlen_q, seqlen_k)
+    begins = 0 if left < 0 else _sum_of_clamped(diagonal - left, seqlen_q, seqlen_k)
+    return ends - begins
+
+
+def forward_flops(batch, heads, seqlen_q, seqlen_k, head_dim, causal="none", window=(-1, -1)):
     """Floating-point operations of the two matrix products, over visible scores only."""
-    return 4 * batch * heads * visible_scores(seqlen_q, seqlen_k, causal) * head_dim
+    return 4 * batch * heads * visible_scores(seqlen_q, seqlen_k, causal, window) * head_dim
 
 
 def forward_v1_traffic(batch, heads, seqlen_q, seqlen_k, head_dim, itemsize, block_n, causal="none"):

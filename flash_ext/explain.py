@@ -51,7 +51,7 @@ def explain(q, k, v, *, causal=False, scale=None, algorithm="auto", **general):
     """Return an `Explanation` of ``flash_attention(q, k, v, ...)``, without running its kernel.
 
     Takes the arguments of `flash_attention`, checks them by the same rules, and raises as it does. `general`
-    are those beyond plain attention. FLOPs and memory traffic are then of the same call without them; packed
+    are those beyond plain attention. Of these FLOPs know the window, and memory traffic knows none; packed
     sequences are not explained.
     """
     given = [name for name in GENERAL_ARGUMENTS if _is_given(general.get(name))]
@@ -71,6 +71,7 @@ def explain(q, k, v, *, causal=False, scale=None, algorithm="auto", **general):
     batch, heads, seqlen_q, head_dim = q.shape
     heads_kv, seqlen_k = k.shape[1], k.shape[2]
     shape = (batch, heads, seqlen_q, seqlen_k, head_dim)
+    window = general.get("window") or (-1, -1)
     plan = _C.plan_forward(
         device=str(q.device),
         algorithm=algorithm,
@@ -84,7 +85,7 @@ def explain(q, k, v, *, causal=False, scale=None, algorithm="auto", **general):
         causal=mode,
         is_aligned=[_is_aligned(x) for x in (q, k, v)],
         scale=head_dim**-0.5 if scale is None else scale,
-        window=general.get("window") or (-1, -1),
+        window=window,
         softcap=general.get("softcap") or 0.0,
         given=given,
     )
@@ -96,7 +97,7 @@ def explain(q, k, v, *, causal=False, scale=None, algorithm="auto", **general):
     return Explanation(
         device=str(q.device),
         reasons=tuple(_reasons(q, k, v, algorithm, plan["algorithm"], v3_refusal)),
-        flops=cost.forward_flops(*shape, mode),
+        flops=cost.forward_flops(*shape, mode, window),
         hbm_bytes=sum(traffic),
         **plan,
     )

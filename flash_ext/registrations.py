@@ -7,6 +7,8 @@ import flash_ext.extension  # noqa: F401  (registers the operators)
 
 _forward = torch.ops.flash_ext.forward
 _backward = torch.ops.flash_ext.backward
+_general_forward = torch.ops.flash_ext.general_forward
+_general_backward = torch.ops.flash_ext.general_backward
 
 
 # FLOPs: the convention of torch's own formulas for scaled_dot_product_attention, which count every
@@ -23,6 +25,27 @@ def _forward_flops(q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs):
 def _backward_flops(dout_shape, q_shape, k_shape, *args, out_shape=None, **kwargs):
     batch, heads, seqlen_q, head_dim = q_shape
     return 10 * batch * heads * seqlen_q * k_shape[2] * head_dim
+
+
+@register_flop_formula(_general_forward, get_raw=True)
+def _general_forward_flops(*args, out_val=None, **kwargs):
+    return 4 * _multiply_adds(_general_forward, args, kwargs)
+
+
+@register_flop_formula(_general_backward, get_raw=True)
+def _general_backward_flops(*args, out_val=None, **kwargs):
+    return 10 * _multiply_adds(_general_backward, args, kwargs)
+
+
+def _multiply_adds(operator, args, kwargs):
+    """Of one product. The lengths of packed sequences are on the device, for which this waits."""
+    names = (argument.name for argument in operator.default._schema.arguments)
+    given = dict(zip(names, args, strict=False)) | kwargs
+    q, k = given["q"], given["k"]
+    if given.get("cu_seqlens_q") is None:
+        return q.numel() * k.shape[2]
+    lengths = (given[name].diff().tolist() for name in ("cu_seqlens_q", "cu_seqlens_k"))
+    return q.shape[1] * q.shape[2] * sum(m * n for m, n in zip(*lengths, strict=True))
 
 
 # vmap: the mapped dimension becomes part of the batch.

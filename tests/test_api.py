@@ -210,6 +210,18 @@ def test_explain(device, algorithm, causal):
         assert word in str(explanation)
 
 
+@pytest.mark.parametrize("causal", [False, True, "top_left"])
+@pytest.mark.parametrize("window", [(-1, -1), (3, -1), (-1, 2), (3, 2), (0, 0), (40, 40)], ids=str)
+def test_explain_counts_what_a_window_leaves(device, causal, window):
+    for seqlen_q, seqlen_k in ((7, 19), (19, 7), (16, 16)):
+        q, k, v = make_qkv(Shape(1, 1, 1, seqlen_q, seqlen_k, 8), BF16, device)
+        diagonal = 0 if causal == "top_left" else seqlen_k - seqlen_q
+        left, right = window[0], 0 if causal else window[1]
+        distances = [j - i - diagonal for i in range(seqlen_q) for j in range(seqlen_k)]
+        visible = sum((left < 0 or x >= -left) and (right < 0 or x <= right) for x in distances)
+        assert flash_ext.explain(q, k, v, causal=causal, window=window).flops == 4 * 8 * visible
+
+
 def test_explain_takes_what_flash_attention_takes(device):
     q, k, v = make_qkv(Shape(2, 1, 1, 256, 512, 64), BF16, device)
     assert flash_ext.explain(q[:, 0], k[:, 0], v[:, 0], scale=0.5).flops > 0

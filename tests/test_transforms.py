@@ -205,6 +205,20 @@ def test_flop_counter(device, causal):
     assert counter.get_total_flops() - forward_flops == 10 * 2 * 4 * 20 * 37 * 16
 
 
+def test_flop_counter_counts_general_attention(device):
+    """Masks hide nothing from it, and packed sequences are counted one by one."""
+    leaves = [x.requires_grad_() for x in make_qkv(SHAPE, torch.float32, device)]
+    with FlopCounterMode(display=False) as counter:
+        flash_ext.flash_attention(*leaves, window=(3, 0), softcap=2.0).sum().backward()
+    assert counter.get_total_flops() == (4 + 10) * 2 * 4 * 20 * 37 * 16
+    q, k, v = (torch.randn(20, heads, 16, device=device) for heads in (4, 2, 2))
+    offsets = torch.tensor([0, 5, 12], device=device, dtype=torch.int32)
+    lengths = {"cu_seqlens_q": offsets, "cu_seqlens_k": offsets, "max_seqlen_q": 7, "max_seqlen_k": 7}
+    with FlopCounterMode(display=False) as counter:
+        flash_ext.flash_attention(q, k, v, **lengths)
+    assert counter.get_total_flops() == 4 * 4 * (5 * 5 + 7 * 7) * 16
+
+
 # ---- callers in many threads ---------------------------------------------------------------------
 
 
