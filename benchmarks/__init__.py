@@ -3,6 +3,7 @@
 demo             the main job: every implementation side by side on a few shapes (`make demo`)
 bench_attention  the papers' grid of shapes (`make bench`)
 small_shapes     v1, v2 and v3 against naive attention on the shapes where launches, not FLOPs, decide
+features         what the arguments of general attention cost, beside SDPA and compiled FlexAttention
 memory           extra device memory by sequence length
 host_time        what one call costs the CPU thread that makes it
 hbm_traffic      bytes moved through device memory, by the profiler's counters
