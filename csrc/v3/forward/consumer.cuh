@@ -6,7 +6,7 @@
 #include "sm90/store_rows.cuh"
 #include "sm90/warpgroup_gemm.cuh"
 #include "v3/forward/config.cuh"
-#include "v3/forward/general_scores.cuh"
+#include "v3/forward/general_softmax.cuh"
 #include "v3/forward/kernel_params.cuh"
 #include "v3/forward/softmax.cuh"
 
@@ -29,6 +29,7 @@ class Consumer {
   using SharedStorage = typename Config::SharedStorage;
   using Params = typename Config::Params;
   using WarpgroupTile = typename Config::WarpgroupTile;
+  using Softmax = std::conditional_t<Config::kIsGeneral, GeneralSoftmax, forward::Softmax>;
   static constexpr int kBlockN = Config::kBlockN;
   static constexpr int kTilesN = kBlockN / 8;  // of eight columns
   static constexpr bool kTurnEveryBlock = Config::kTurns == Turns::kEveryBlock;
@@ -164,8 +165,8 @@ class Consumer {
     if (!kTurnEveryBlock) pass_turn();
     release_k();
     finish_scores(acc_s, work, work.end - 1, /*is_edge=*/work.end > work.full_end);
-    softmax_.update_max(acc_s, p_.scale.log2);
-    softmax_.template weights<0, kKeys / 8>(acc_s, p_.scale.log2);
+    softmax_.update_max(acc_s, score_scale());
+    softmax_.template weights<0, kKeys / 8>(acc_s, score_scale());
     sm90::pack_operand<Element>(frag_p_, acc_s);
   }
 
@@ -194,14 +195,14 @@ class Consumer {
     ptx::wgmma_wait_group<1>();
     release_k();
     finish_scores(acc_s, work, n_block, is_edge);
-    softmax_.update_max(acc_s, p_.scale.log2);
-    softmax_.template weights<0, kEarlyTiles>(acc_s, p_.scale.log2);
+    softmax_.update_max(acc_s, score_scale());
+    softmax_.template weights<0, kEarlyTiles>(acc_s, score_scale());
     if (kEarlyTiles < kTilesN) {
       pin_before_wait(softmax_.row_sum[0] + softmax_.row_sum[1], &smem_.never_written);
     }
     ptx::wgmma_wait_group<0>();
     release_v();
-    softmax_.template weights<kEarlyTiles, kTilesN>(acc_s, p_.scale.log2);
+    softmax_.template weights<kEarlyTiles, kTilesN>(acc_s, score_scale());
     sm90::pack_operand<Element>(frag_p_, acc_s);
     softmax_.rescale_accumulator(acc_o_);
   }
@@ -247,14 +248,20 @@ class Consumer {
     const int col0 = n_block * kBlockN + lane_idx_ % 4 * 2;
     const auto row0 = [&] { return tile_of(work).row0 + 16 * warp_idx_ + lane_idx_ / 4; };
     if constexpr (Config::kIsGeneral) {
-      if (p_.softcap.is_on) cap_scores(acc_s, p_.softcap);
-      if (p_.alibi_slopes.data != nullptr) {
-        add_distances(acc_s, tile_of(work).slope, row0() + p_.band.diagonal - col0);
-      }
+      softmax_.finish_scores(acc_s, p_, tile_of(work).slope, row0(), col0);
       if (n_block >= work.full_end) hide_keys_behind(acc_s, p_.band, row0(), col0);
       if (n_block < work.full_begin) hide_keys_before(acc_s, p_.band, row0(), col0);
     } else if (is_edge) {
       mask_scores(acc_s, p_.mask, row0(), col0);
+    }
+  }
+
+  // What the softmax is to know of what makes scores exponents.
+  __device__ __forceinline__ const auto& score_scale() const {
+    if constexpr (Config::kIsGeneral) {
+      return p_;
+    } else {
+      return p_.scale.log2;
     }
   }
 

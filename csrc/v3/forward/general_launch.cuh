@@ -38,7 +38,8 @@ GeneralKernelParams make_general_kernel_params(const ForwardParams& params,
           general.alibi_slopes,
           general.sinks,
           static_cast<float>(kLog2e / scale.log2),
-          Softcap(general.softcap, std::fabs(params.softmax_scale))};
+          Softcap(general.softcap, std::fabs(params.softmax_scale),
+                  general.alibi_slopes.data != nullptr)};
 }
 
 }  // namespace v3::forward

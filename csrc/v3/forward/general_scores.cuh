@@ -31,32 +31,36 @@ __device__ __forceinline__ void cap_by_exponential(float (&s)[4], const Softcap&
   for (int i = 0; i < 4; ++i) s[i] = fmaf(-2.f * softcap.cap, inverses[i], softcap.cap);
 }
 
-// softcap * tanh(s * scale / softcap), in units of log2 and to 2^-21 of the cap (2^-24 in the
-// mean). Where no score of the warp's comes near the cap, as is usual, a polynomial does, which
-// needs no special function: exp2 alone takes them as long as the tensor cores take both products
-// at d=64. (tanh.approx is right to 2^-11 only: at a cap of 30 that is 1.5% of weight.)
+// Whether any score of the warp's is near the cap.
 template <int kN>
-__device__ __forceinline__ void cap_scores(float (&acc_s)[kN][4], const Softcap& softcap) {
+__device__ __forceinline__ bool is_near_cap(const float (&acc_s)[kN][4], const Softcap& softcap) {
   float largest[2] = {0.f, 0.f};
 #pragma unroll
   for (int n = 0; n < kN; ++n) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) largest[i % 2] = fmaxf(largest[i % 2], fabsf(acc_s[n][i]));
   }
-  if (__any_sync(0xffffffffu, fmaxf(largest[0], largest[1]) > softcap.max_polynomial)) {
+  return __any_sync(0xffffffffu, fmaxf(largest[0], largest[1]) > softcap.max_polynomial);
+}
+
+// c0 + c1 s^2 + c2 s^4: times s it is the capped score.
+__device__ __forceinline__ float cap_factor(float s, const float (&polynomial)[3]) {
+  const float square = s * s;
+  return fmaf(square, fmaf(square, polynomial[2], polynomial[1]), polynomial[0]);
+}
+
+template <int kN>
+__device__ __forceinline__ void cap_by_exponential(float (&acc_s)[kN][4], const Softcap& softcap) {
 #pragma unroll
-    for (int n = 0; n < kN; ++n) cap_by_exponential(acc_s[n], softcap);
-    return;
-  }
+  for (int n = 0; n < kN; ++n) cap_by_exponential(acc_s[n], softcap);
+}
+
+template <int kN>
+__device__ __forceinline__ void cap_by_polynomial(float (&acc_s)[kN][4], const Softcap& softcap) {
 #pragma unroll
   for (int n = 0; n < kN; ++n) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float square = acc_s[n][i] * acc_s[n][i];
-      float factor = fmaf(square, softcap.polynomial[3], softcap.polynomial[2]);
-      factor = fmaf(square, factor, softcap.polynomial[1]);
-      acc_s[n][i] *= fmaf(square, factor, softcap.polynomial[0]);
-    }
+    for (int i = 0; i < 4; ++i) acc_s[n][i] *= cap_factor(acc_s[n][i], softcap.polynomial);
   }
 }
 
@@ -71,6 +75,18 @@ __device__ __forceinline__ void add_distances(float (&acc_s)[kN][4], float slope
     for (int i = 0; i < 4; ++i) {
       const float offset = static_cast<float>(8 * (i / 2) - 8 * n - i % 2);
       acc_s[n][i] = fmaf(-slope, fabsf(first + offset), acc_s[n][i]);
+    }
+  }
+}
+
+// Adds slope * (column - the thread's first one).
+template <int kN>
+__device__ __forceinline__ void add_columns(float (&acc_s)[kN][4], float slope) {
+#pragma unroll
+  for (int n = 0; n < kN; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      acc_s[n][i] = fmaf(slope, static_cast<float>(8 * n + i % 2), acc_s[n][i]);
     }
   }
 }

@@ -27,28 +27,32 @@ struct KernelParams {
 // softcap * tanh(s * scale / softcap) in units of log2, see general_scores.cuh.
 struct Softcap {
   bool is_on = false;
+  bool is_in_exponent;   // the polynomial is part of the exponents, see GeneralSoftmax
   float max_polynomial;  // |s| up to which the polynomial holds
-  float polynomial[4];   // of s^2, times s
+  float polynomial[3];   // of s^2, times s
   float exponent;        // of 2, for a score of 1: e^(2 s scale / softcap)
   float cap;             // softcap * log2(e)
+  float scale_log2;      // of a score far below the cap
 
   Softcap() = default;
   // Where softcap is 0 there is none. The scale is that of the sign-changed Q, positive.
-  Softcap(double softcap, double scale) : is_on(softcap > 0.0) {
+  Softcap(double softcap, double scale, bool has_alibi) : is_on(softcap > 0.0) {
     if (!is_on) return;
-    // tanh(y) = y (c0 + c1 y^2 + ...) to 2e-8 for |y| <= 0.4: least squares at Chebyshev nodes.
-    constexpr double kTanh[4] = {0.999999573, -0.333297261, 0.132505668, -0.046825726};
+    // tanh(y) = y (c0 + c1 y^2 + c2 y^4) to 5e-8 for |y| <= 0.25: the smallest maximum error.
+    constexpr double kTanh[3] = {0.999998633, -0.333157014, 0.127622303};
     const double factor = scale / softcap;
     max_polynomial = static_cast<float>(kMaxTanhPolynomial / factor);
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < 3; ++i) {
       polynomial[i] = static_cast<float>(kTanh[i] * softcap * kLog2e * std::pow(factor, 2 * i + 1));
     }
     exponent = static_cast<float>(2 * kLog2e * factor);
     cap = static_cast<float>(softcap * kLog2e);
+    scale_log2 = static_cast<float>(scale * kLog2e);
+    is_in_exponent = !has_alibi && cap < kHugeLog2;
   }
 
  private:
-  static constexpr double kMaxTanhPolynomial = 0.4;
+  static constexpr double kMaxTanhPolynomial = 0.25;
 };
 
 // Of general calls. `scale` is that of the scores which the softcap leaves, if there is one.

@@ -28,17 +28,32 @@ struct Softmax {
     bool grows[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      // Two chains, for the latency of one is what the tensor cores wait for.
-      float even = fmaxf(acc_s[0][2 * half], acc_s[0][2 * half + 1]);
-      float odd = fmaxf(acc_s[1][2 * half], acc_s[1][2 * half + 1]);
-#pragma unroll
-      for (int n = 2; n < kN; n += 2) {
-        even = fmaxf(even, fmaxf(acc_s[n][2 * half], acc_s[n][2 * half + 1]));
-        odd = fmaxf(odd, fmaxf(acc_s[n + 1][2 * half], acc_s[n + 1][2 * half + 1]));
-      }
-      block_max[half] = quad_max(fmaxf(even, odd));
-      grows[half] = (block_max[half] - row_max[half]) * scale_log2 > kMaxLagLog2;
+      block_max[half] = max_of_row(acc_s, half);
+      grows[half] = exceeds_lag(block_max[half], half, scale_log2);
     }
+    raise_max(acc_s, block_max, grows, scale_log2);
+  }
+
+  template <int kN>
+  __device__ __forceinline__ static float max_of_row(const float (&acc_s)[kN][4], int half) {
+    // Two chains, for the latency of one is what the tensor cores wait for.
+    float even = fmaxf(acc_s[0][2 * half], acc_s[0][2 * half + 1]);
+    float odd = fmaxf(acc_s[1][2 * half], acc_s[1][2 * half + 1]);
+#pragma unroll
+    for (int n = 2; n < kN; n += 2) {
+      even = fmaxf(even, fmaxf(acc_s[n][2 * half], acc_s[n][2 * half + 1]));
+      odd = fmaxf(odd, fmaxf(acc_s[n + 1][2 * half], acc_s[n + 1][2 * half + 1]));
+    }
+    return quad_max(fmaxf(even, odd));
+  }
+
+  __device__ __forceinline__ bool exceeds_lag(float block_max, int half, float scale_log2) const {
+    return (block_max - row_max[half]) * scale_log2 > kMaxLagLog2;
+  }
+
+  template <int kN>
+  __device__ __forceinline__ void raise_max(float (&acc_s)[kN][4], const float (&block_max)[2],
+                                            const bool (&grows)[2], float scale_log2) {
     rescales = __any_sync(0xffffffffu, grows[0] || grows[1]);
     if (!rescales && !shifts) return;
     float shift[2];
@@ -64,12 +79,19 @@ struct Softmax {
   // Scores to weights, and their sum, for the 8-column tiles [kBegin, kEnd).
   template <int kBegin, int kEnd, int kN>
   __device__ __forceinline__ void weights(float (&acc_s)[kN][4], float scale_log2) {
+    weights<kBegin, kEnd>(
+        acc_s, [&](float s, int half) { return __fmaf_rn(s, scale_log2, -max_log2[half]); });
+  }
+
+  // The same, with exponent(score, half) as what 2 is raised to.
+  template <int kBegin, int kEnd, int kN, typename Exponent>
+  __device__ __forceinline__ void weights(float (&acc_s)[kN][4], const Exponent& exponent) {
     float sum[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
     for (int n = kBegin; n < kEnd; ++n) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        acc_s[n][i] = ptx::exp2_approx(__fmaf_rn(acc_s[n][i], scale_log2, -max_log2[i / 2]));
+        acc_s[n][i] = ptx::exp2_approx(exponent(acc_s[n][i], i / 2));
         sum[i] += acc_s[n][i];
       }
     }
