@@ -32,6 +32,9 @@ const char* capability();  // the SIMD level in use
 
 // Defined by cuda_backend.cpp, or by cuda_backend_absent.cpp in a CPU-only build.
 namespace cuda_backend {
+// Whether forward() also writes the rows of packed tensors that belong to no sequence.
+bool fills_unowned_rows(Algorithm algorithm, c10::ScalarType dtype, const ForwardParams& params,
+                        c10::Device device);
 // Allocate scratch and launch on the current stream of `device`.
 void forward(Algorithm algorithm, c10::ScalarType dtype, ForwardParams params, c10::Device device);
 void backward(Algorithm algorithm, c10::ScalarType dtype, BackwardParams params,

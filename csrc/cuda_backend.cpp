@@ -11,6 +11,7 @@
 #include "v1/workspace.h"
 #include "v2/splits.h"
 #include "v3/backward/workspace.h"
+#include "v3/forward/general_workspace.h"
 #include "v3/forward/splits.h"
 #include "v3/refusal.h"
 
@@ -105,11 +106,22 @@ void general_backward(Algorithm algorithm, c10::ScalarType dtype, BackwardParams
 
 }  // namespace
 
+bool fills_unowned_rows(Algorithm algorithm, c10::ScalarType dtype, const ForwardParams& params,
+                        c10::Device device) {
+  const c10::cuda::CUDAGuard device_guard(device);
+  return resolve(algorithm, dtype, params) == Algorithm::kV3;
+}
+
 void forward(Algorithm algorithm, c10::ScalarType dtype, ForwardParams params, c10::Device device) {
   const c10::cuda::CUDAGuard device_guard(device);
   const auto stream = c10::cuda::getCurrentCUDAStream(device.index()).stream();
   algorithm = resolve(algorithm, dtype, params);
+  at::Tensor workspace;
   if (params.is_general && algorithm == Algorithm::kV3) {
+    if (const auto floats = v3::general_workspace(params).num_floats; floats > 0) {
+      workspace = allocate_workspace(floats, device);
+      params.workspace = workspace.mutable_data_ptr<float>();
+    }
     dispatch_general_forward_v3(dtype, params.shape, [&](auto element, auto head_dim) {
       launch_general_forward_v3<typename decltype(element)::type, head_dim()>(params, stream);
     });
@@ -121,7 +133,6 @@ void forward(Algorithm algorithm, c10::ScalarType dtype, ForwardParams params, c
     });
     return;
   }
-  at::Tensor workspace;
   if (const auto floats = forward_workspace_floats(algorithm, dtype, params.shape); floats > 0) {
     workspace = allocate_workspace(floats, device);
     params.workspace = workspace.mutable_data_ptr<float>();
@@ -176,6 +187,8 @@ ForwardPlan plan_forward(Algorithm algorithm, c10::ScalarType dtype, const Forwa
   }
   if (params.is_general) {
     if (plan.algorithm == Algorithm::kV3) {
+      plan.workspace_bytes =
+          v3::general_workspace(params).num_floats * static_cast<int64_t>(sizeof(float));
       dispatch_general_forward_v3(dtype, params.shape, [&](auto element, auto head_dim) {
         plan.kernel = plan_general_forward_v3<typename decltype(element)::type, head_dim()>(params);
       });

@@ -14,6 +14,10 @@ namespace {
 
 }  // namespace
 
+bool fills_unowned_rows(Algorithm, c10::ScalarType, const ForwardParams&, c10::Device device) {
+  raise_cpu_only(device);
+}
+
 void forward(Algorithm, c10::ScalarType, ForwardParams, c10::Device device) {
   raise_cpu_only(device);
 }

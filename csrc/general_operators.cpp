@@ -177,11 +177,15 @@ void general_forward(const c10::OperatorHandle&, Stack* stack) {
   const auto sinks = head_values(in.sinks, in.q);
   ForwardParams params;
   describe(in, slopes, sinks, &params);
-  if (in.is_packed()) {  // rows that belong to no sequence
+  const bool has_rows = lse.numel() > 0 && params.shape.batch > 0 && params.shape.seqlen_q > 0;
+  const bool fills_rows =
+      has_rows && in.q.is_cuda() &&
+      cuda_backend::fills_unowned_rows(in.algorithm, in.q.scalar_type(), params, in.q.device());
+  if (in.is_packed() && !fills_rows) {  // rows that belong to no sequence
     out.zero_();
     lse.fill_(-std::numeric_limits<double>::infinity());
   }
-  if (lse.numel() > 0 && params.shape.batch > 0 && params.shape.seqlen_q > 0) {
+  if (has_rows) {
     params.out = output_view(out);
     params.lse = lse.mutable_data_ptr();
     if (in.q.is_cuda()) {

@@ -37,11 +37,10 @@ inline std::string refusal(const AttentionShape& shape, std::initializer_list<In
   return {};
 }
 
+inline std::string lacks(const char* name) { return std::string("has no kernels with ") + name; }
+
 // What of general attention neither v3's forward nor its backward has kernels for.
 inline std::string general_refusal(const AttentionShape& shape, const GeneralParams& general) {
-  const auto lacks = [](const char* name) { return std::string("has no kernels with ") + name; };
-  if (general.sequences.is_packed()) return lacks("cu_seqlens_q");
-  if (general.sequences.seqlens_k != nullptr) return lacks("seqlens_k");
   if (general.mask.data != nullptr) return lacks("attn_mask");
   if (general.block_mask.data != nullptr) return lacks("block_mask");
   if (general.dropout.rng_state != nullptr) return lacks("dropout_p");
@@ -49,7 +48,11 @@ inline std::string general_refusal(const AttentionShape& shape, const GeneralPar
     return "needs a head_dim of at most 128 with window, softcap, alibi_slopes or sinks, got " +
            std::to_string(shape.head_dim);
   }
-  if (shape.seqlen_k == 0) return "needs keys, got seqlen_k 0";  // TMA takes no empty tensors
+  // TMA takes no empty tensors.
+  if (shape.seqlen_k == 0) return "needs keys, got seqlen_k 0";
+  if (general.sequences.is_packed() && general.sequences.total_k == 0) {
+    return "needs keys, got packed k without rows";
+  }
   return {};
 }
 
@@ -81,6 +84,8 @@ inline std::string refusal(const BackwardParams& p, int element_bytes, bool is_c
       refusal(p.shape, {{"q", p.q}, {"k", p.k}, {"v", p.v}, {"out", p.out}, {"dout", p.dout}},
               element_bytes, is_compiled_in, compute_capability);
   if (!reason.empty() || !p.is_general) return reason;
+  if (p.general.sequences.is_packed()) return lacks("cu_seqlens_q");
+  if (p.general.sequences.seqlens_k != nullptr) return lacks("seqlens_k");
   reason = general_refusal(p.shape, p.general);
   if (!reason.empty()) return reason;
   if (p.general_gradients.dslopes.data != nullptr) {

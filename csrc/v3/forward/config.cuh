@@ -66,6 +66,7 @@ struct Config : TileShape<kHeadDim_, kVariant> {
   static constexpr bool kSplitsKeys = kVariant == Variant::kSplit;
   static constexpr bool kIsGeneral = kVariant == Variant::kGeneral;
   using Params = std::conditional_t<kIsGeneral, GeneralKernelParams, KernelParams>;
+  using Tile = std::conditional_t<kIsGeneral, PlacedTile, forward::Tile>;
   using WarpgroupTile = std::conditional_t<kIsGeneral, GeneralTile, forward::WarpgroupTile>;
   // O leaves through the tile's own Q buffer; where there is one only, straight from registers, so
   // that the next Q arrives meanwhile (H200, 512 keys: 5 to 10%).

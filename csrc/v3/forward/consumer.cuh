@@ -248,9 +248,10 @@ class Consumer {
     const int col0 = n_block * kBlockN + lane_idx_ % 4 * 2;
     const auto row0 = [&] { return tile_of(work).row0 + 16 * warp_idx_ + lane_idx_ / 4; };
     if constexpr (Config::kIsGeneral) {
-      softmax_.finish_scores(acc_s, p_, tile_of(work).slope, row0(), col0);
-      if (n_block >= work.full_end) hide_keys_behind(acc_s, p_.band, row0(), col0);
-      if (n_block < work.full_begin) hide_keys_before(acc_s, p_.band, row0(), col0);
+      softmax_.finish_scores(acc_s, p_, tile_of(work).slope,
+                             row0() + tile_of(work).diagonal - col0);
+      if (n_block >= work.full_end) hide_keys_behind(acc_s, band_of(work), row0(), col0);
+      if (n_block < work.full_begin) hide_keys_before(acc_s, band_of(work), row0(), col0);
     } else if (is_edge) {
       mask_scores(acc_s, p_.mask, row0(), col0);
     }
@@ -265,13 +266,31 @@ class Consumer {
     }
   }
 
+  // As key_begin() and key_end() need it.
+  __device__ __forceinline__ BandMask band_of(const Work& work) const {
+    BandMask band = p_.band;
+    band.seqlen_k = tile_of(work).seqlen_k;
+    band.diagonal = tile_of(work).diagonal;
+    return band;
+  }
+
   // Where the tile's rows begin among the rows of all heads, of one share of the keys after
   // another.
   __device__ __forceinline__ int64_t head_row(const WarpgroupTile& tile) const {
+    if constexpr (Config::kIsGeneral) {
+      return p_.sequences.lse_index({tile.q_begin}, tile.batch_idx, tile.head_idx,
+                                    p_.schedule.heads_q, 0);
+    }
     const int64_t batch_head = int64_t{tile.batch_idx} * p_.schedule.heads_q + tile.head_idx;
     const int64_t before =
         Config::kSplitsKeys ? int64_t{tile.split} * p_.schedule.order.num_heads : 0;
     return (before + batch_head) * p_.mask.seqlen_q;
+  }
+
+  // Of the tile's sequence.
+  __device__ __forceinline__ int num_rows(const WarpgroupTile& tile) const {
+    if constexpr (Config::kIsGeneral) return tile.seqlen_q;
+    return p_.mask.seqlen_q;
   }
 
   // 1 / l, and L = m + log l or, where the keys are split, m and l.
@@ -286,7 +305,7 @@ class Consumer {
       if constexpr (Config::kIsGeneral) own_factor = join_sink(tile.sink, max, sum);
       inverse_sums[half] = sum > 0.f ? own_factor * ptx::rcp_approx(sum) : 0.f;
       const int row = tile.row0 + 16 * warp_idx_ + lane_idx_ / 4 + 8 * half;
-      if (lane_idx_ % 4 == 0 && row < p_.mask.seqlen_q) {
+      if (lane_idx_ % 4 == 0 && row < num_rows(tile)) {
         if (Config::kSplitsKeys) {
           stats[row] = make_float2(softmax_.row_max[half], sum);
         } else {

@@ -1,15 +1,65 @@
-// Host side of the v3 forward with a window, softcap, ALiBi or sinks.
+// Host side of the v3 forward with a window, softcap, ALiBi, sinks, packed sequences or seqlens_k.
 #pragma once
 
+#include "v3/forward/general_workspace.h"
 #include "v3/forward/launch.cuh"
+#include "v3/prepare_sequences.cuh"
 
 namespace flash_ext {
 namespace v3::forward {
+
+// The tiles of a batch entry whose lengths the GPU reads.
+struct ForwardTiles {
+  GeneralParams general;
+  int block_m;
+  int block_n;
+
+  __device__ __forceinline__ int num_tiles(const Sequence& sequence) const {
+    return ceil_div(sequence.seqlen_q, block_m);
+  }
+  __device__ __forceinline__ int blocks(const SequenceTile& tile) const {
+    Sequence sequence;
+    sequence.seqlen_q = tile.seqlen_q;
+    sequence.seqlen_k = tile.seqlen_k;
+    const int row0 = first_row(tile.seqlen_q, tile.rank, block_m);
+    const BlockRange range = band_blocks(general.band(sequence), row0, block_m, block_n);
+    return range.end - range.begin;
+  }
+};
+
+// How many heads' tiles of such entries are taken together. Their number is not known; sections
+// that are not many rounds of the grid would leave thread blocks idle at their ends.
+template <typename Config>
+int64_t listed_section_heads(const ForwardParams& params, int64_t max_tiles) {
+  constexpr int64_t kMinRounds = 16;
+  const AttentionShape& s = params.shape;
+  const Sequences& sequences = params.general.sequences;
+  const int64_t keys = sequences.is_packed() ? sequences.total_k : s.batch * s.seqlen_k;
+  const int64_t head_bytes =
+      2 * keys * s.head_dim * int64_t{sizeof(typename Config::Element)} / s.group_size();
+  const int64_t fitting = kSectionBytes / std::max<int64_t>(1, head_bytes);
+  const int64_t enough = kMinRounds * multiprocessor_count(s) / std::max<int64_t>(1, max_tiles) + 1;
+  return std::min(std::max(fitting, enough), s.heads_q);
+}
+
+// `order` counts the heads of one batch entry, for the list holds the entries.
+template <typename Config>
+Schedule make_listed_schedule(const ForwardParams& params, int64_t max_tiles) {
+  const AttentionShape& s = params.shape;
+  const int64_t num_tiles = grid_size(max_tiles * s.heads_q, s);
+  const TileOrder order{static_cast<int>(max_tiles), static_cast<int>(s.heads_q),
+                        static_cast<int>(listed_section_heads<Config>(params, max_tiles))};
+  return {order, 1, static_cast<int>(num_tiles), static_cast<int>(s.heads_q),
+          static_cast<int>(std::min<int64_t>(num_tiles, multiprocessor_count(s)))};
+}
 
 // Tiles get shorter towards the first row under a causal mask, unless a window makes them equal.
 template <typename Config>
 Schedule make_general_schedule(const ForwardParams& params) {
   const GeneralParams& general = params.general;
+  if (has_own_lengths(general.sequences)) {
+    return make_listed_schedule<Config>(params, general_workspace(params).max_tiles);
+  }
   const bool ends_at_diagonal = general.causal != CausalMode::kNone || general.window_right >= 0;
   const bool has_left_edge =
       general.window_left >= 0 && general.window_left < params.shape.seqlen_k;
@@ -39,7 +89,42 @@ GeneralKernelParams make_general_kernel_params(const ForwardParams& params,
           general.sinks,
           static_cast<float>(kLog2e / scale.log2),
           Softcap(general.softcap, std::fabs(params.softmax_scale),
-                  general.alibi_slopes.data != nullptr)};
+                  general.alibi_slopes.data != nullptr),
+          general.sequences,
+          EntryTables{},
+          general.causal == CausalMode::kTopLeft};
+}
+
+// Launches the kernel that fills the tables, and returns them.
+template <typename Config>
+EntryTables prepare_entries(const ForwardParams& params, cudaStream_t stream) {
+  using Element = typename Config::Element;
+  const AttentionShape& s = params.shape;
+  const Sequences& sequences = params.general.sequences;
+  const bool is_packed = sequences.is_packed();
+  const auto make = [&](const TensorView& view, int64_t heads, int box_rows, bool is_of_keys) {
+    const int64_t packed_rows = is_of_keys ? sequences.total_k : sequences.total_q;
+    const int64_t rows = is_packed ? packed_rows : (is_of_keys ? s.seqlen_k : s.seqlen_q);
+    return make_map_template<Element>(view, heads, rows, s.head_dim, box_rows, is_of_keys);
+  };
+  PrepareParams<ForwardTiles> p{};
+  p.sequences = sequences;
+  p.batch = static_cast<int>(s.batch);
+  p.rule = {params.general, Config::kBlockM, Config::kBlockN};
+  p.num_templates = is_packed ? kPackedMaps : kPaddedMaps;
+  p.templates[0] = make(params.k, s.heads_kv, Config::kBlockN, true);
+  p.templates[1] = make(params.v, s.heads_kv, Config::kBlockN, true);
+  if (is_packed) {
+    constexpr int64_t kBytes = sizeof(Element);
+    p.templates[2] = make(params.q, s.heads_q, kRowsPerWarpgroup, false);
+    p.templates[3] = make(params.out, s.heads_q, kRowsPerWarpgroup, false);
+    p.unowned = {static_cast<char*>(params.out.data), params.out.head_stride * kBytes,
+                 params.out.row_stride * kBytes,      static_cast<int>(s.head_dim * kBytes),
+                 static_cast<float*>(params.lse),     static_cast<int>(s.heads_q)};
+  }
+  launch_prepare_sequences(p, general_workspace(params), params.workspace,
+                           ceil_div(static_cast<int>(s.seqlen_k), Config::kBlockN), s, stream);
+  return {p.maps, p.num_templates, p.tiles, p.num_tiles};
 }
 
 }  // namespace v3::forward
@@ -48,10 +133,17 @@ template <typename Element, int kHeadDim>
 void launch_general_forward_v3(const ForwardParams& params, CudaStream stream) {
   using namespace v3::forward;
   using Config = v3::forward::Config<Element, kHeadDim, Variant::kGeneral>;
+  static_assert(Config::kBlockM == v3::forward_block_m(kHeadDim));
+  const char* const name = "the v3 general forward kernel";
   const Schedule schedule = make_general_schedule<Config>(params);
+  GeneralKernelParams p = make_general_kernel_params<Config>(params, schedule);
+  Overlap overlap = Overlap::kNone;
+  if (v3::has_own_lengths(params.general.sequences)) {
+    p.entries = prepare_entries<Config>(params, stream);
+    overlap = overlap_of(forward_kernel<Config>, name, params.shape);
+  }
   launch_kernel(forward_kernel<Config>, schedule.num_thread_blocks, Config::kNumThreads,
-                sizeof(typename Config::SharedStorage), stream, "the v3 general forward kernel",
-                make_general_kernel_params<Config>(params, schedule), params.shape);
+                sizeof(typename Config::SharedStorage), stream, name, p, params.shape, overlap);
 }
 
 template <typename Element, int kHeadDim>

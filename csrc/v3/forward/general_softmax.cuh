@@ -18,11 +18,11 @@ struct GeneralSoftmax : Softmax {
   // thread's first row and column.
   template <int kN>
   __device__ __forceinline__ void finish_scores(float (&acc_s)[kN][4], const GeneralKernelParams& p,
-                                                float slope, int row0, int col0) {
+                                                float slope, int distance) {
     offset[0] = offset[1] = 0.f;
     polynomial[0] = polynomial[1] = polynomial[2] = 0.f;
     if (p.softcap.is_on) cap_scores(acc_s, p.softcap);
-    if (p.alibi_slopes.data != nullptr) add_alibi(acc_s, p, slope, row0, col0);
+    if (p.alibi_slopes.data != nullptr) add_alibi(acc_s, slope, distance);
   }
 
   template <int kN>
@@ -80,9 +80,7 @@ struct GeneralSoftmax : Softmax {
   // Left or right of the diagonal the distance grows by columns, and what it is in the first one is
   // for the exponents to subtract: one instruction a score instead of two.
   template <int kN>
-  __device__ __forceinline__ void add_alibi(float (&acc_s)[kN][4], const GeneralKernelParams& p,
-                                            float slope, int row0, int col0) {
-    const int distance = row0 + p.band.diagonal - col0;
+  __device__ __forceinline__ void add_alibi(float (&acc_s)[kN][4], float slope, int distance) {
     const bool is_left = distance >= 8 * kN;
     const bool is_right = distance + 8 <= 0;
     const float sign = is_left ? 1.f : -1.f;

@@ -42,6 +42,7 @@
 //   of which O                 32        32           64        128
 #pragma once
 
+#include "ptx/griddepcontrol.cuh"
 #include "v3/forward/consumer.cuh"
 #include "v3/forward/producer.cuh"
 
@@ -60,6 +61,7 @@ __global__ void __launch_bounds__(Config::kNumThreads, 1)
     ptx::mbarrier_init_fence();
   }
   __syncthreads();
+  if constexpr (Config::kIsGeneral) ptx::griddepcontrol_wait();  // for what EntryTables hold
 
   const int warpgroup_idx = ptx::warp_uniform(threadIdx.x / 128);
   if (warpgroup_idx == 0) {

@@ -8,12 +8,14 @@
 #include "common/merge_shares.cuh"
 #include "common/online_softmax.cuh"
 #include "params.h"
+#include "v3/forward/general_workspace.h"
 #include "v3/forward/scheduler.cuh"
+#include "v3/sequence_tiles.cuh"
 
 namespace flash_ext::v3::forward {
 
 struct KernelParams {
-  CUtensorMap q_map, k_map, v_map, out_map;
+  CUtensorMap q_map, kv_maps[2], out_map;
   TensorView out;
   int head_dim;  // of the tensors, at most kHeadDim
   float* lse;
@@ -55,6 +57,15 @@ struct Softcap {
   static constexpr double kMaxTanhPolynomial = 0.25;
 };
 
+// Where lengths are read on the GPU (cu_seqlens_q, seqlens_k): what prepare_sequences.cuh writes.
+// Otherwise maps == nullptr.
+struct EntryTables {
+  const CUtensorMap* maps = nullptr;  // (batch, maps_per_entry)
+  int maps_per_entry = 0;
+  const SequenceTile* tiles = nullptr;
+  const int* num_tiles = nullptr;
+};
+
 // Of general calls. `scale` is that of the scores which the softcap leaves, if there is one.
 struct GeneralKernelParams : KernelParams {
   BandMask band;
@@ -62,6 +73,9 @@ struct GeneralKernelParams : KernelParams {
   HeadTensor sinks;
   float bias_factor;  // slopes times this are in the units of scores
   Softcap softcap;
+  Sequences sequences;
+  EntryTables entries;
+  bool is_top_left = false;  // the band's diagonal begins in that corner, whatever the lengths
 };
 
 }  // namespace flash_ext::v3::forward

@@ -56,8 +56,8 @@ KernelParams make_kernel_params(const ForwardParams& params, const Mask& mask,
   };
   return {
       map(params.q, s.heads_q, s.seqlen_q, kRowsPerWarpgroup),
-      map(params.k, s.heads_kv, s.seqlen_k, Config::kBlockN),
-      map(params.v, s.heads_kv, s.seqlen_k, Config::kBlockN),
+      {map(params.k, s.heads_kv, s.seqlen_k, Config::kBlockN),
+       map(params.v, s.heads_kv, s.seqlen_k, Config::kBlockN)},
       map(params.out, s.heads_q, s.seqlen_q, kRowsPerWarpgroup),
       params.out,
       static_cast<int>(s.head_dim),

@@ -21,6 +21,21 @@ struct Tile {
   int is_valid;  // 0: there are no more
 };
 
+// A tile of a general call.
+struct PlacedTile {
+  int row0;  // may be negative, see Tile
+  int head_idx;
+  int batch_idx;
+  int seqlen_q;  // of its batch entry
+  int seqlen_k;
+  int is_valid;
+};
+
+// Where the rows of a tile begin, of those of its sequence counted from the last.
+FLASH_HOST_DEVICE int first_row(int seqlen_q, int rank, int block_m) {
+  return ceil_div(seqlen_q, kRowsPerWarpgroup) * kRowsPerWarpgroup - (rank + 1) * block_m;
+}
+
 // What a consumer warpgroup is told of its part of a tile.
 struct alignas(16) WarpgroupTile {
   int row0;  // the first of its query rows; negative: it has none
@@ -36,6 +51,10 @@ struct alignas(16) WarpgroupTile {
 
 // The same for general calls.
 struct GeneralTile : WarpgroupTile {
+  int seqlen_q;  // of the batch entry
+  int seqlen_k;
+  int diagonal;        // of its band
+  int q_begin;         // its first row, where packed
   int full_begin;      // blocks before it need a mask, too: the window's left edge
   int skipped_behind;  // blocks before `begin` that only other warpgroups see
   float slope;         // of ALiBi, in the units of scores
