@@ -37,16 +37,18 @@ inline std::string refusal(const AttentionShape& shape, std::initializer_list<In
   return {};
 }
 
+inline std::string lacks_kernels_with(const char* name) {
+  return std::string("has no kernels with ") + name;
+}
+
 // What of general attention neither v3's forward nor its backward has kernels for.
 inline std::string general_refusal(const AttentionShape& shape, const GeneralParams& general) {
-  const auto lacks = [](const char* name) { return std::string("has no kernels with ") + name; };
-  if (general.sequences.is_packed()) return lacks("cu_seqlens_q");
-  if (general.sequences.seqlens_k != nullptr) return lacks("seqlens_k");
-  if (general.mask.data != nullptr) return lacks("attn_mask");
-  if (general.block_mask.data != nullptr) return lacks("block_mask");
-  if (general.dropout.rng_state != nullptr) return lacks("dropout_p");
+  if (general.sequences.is_packed()) return lacks_kernels_with("cu_seqlens_q");
+  if (general.sequences.seqlens_k != nullptr) return lacks_kernels_with("seqlens_k");
+  if (general.mask.data != nullptr) return lacks_kernels_with("attn_mask");
+  if (general.block_mask.data != nullptr) return lacks_kernels_with("block_mask");
   if (shape.head_dim > 128) {
-    return "needs a head_dim of at most 128 with window, softcap, alibi_slopes or sinks, got " +
+    return "needs a head_dim of at most 128 beyond plain attention, got " +
            std::to_string(shape.head_dim);
   }
   if (shape.seqlen_k == 0) return "needs keys, got seqlen_k 0";  // TMA takes no empty tensors
@@ -83,8 +85,9 @@ inline std::string refusal(const BackwardParams& p, int element_bytes, bool is_c
   if (!reason.empty() || !p.is_general) return reason;
   reason = general_refusal(p.shape, p.general);
   if (!reason.empty()) return reason;
+  if (p.general.dropout.rng_state != nullptr) return lacks_kernels_with("dropout_p");
   if (p.general_gradients.dslopes.data != nullptr) {
-    return "has no kernels with the gradient of alibi_slopes";
+    return lacks_kernels_with("the gradient of alibi_slopes");
   }
   const double softcap = p.general.softcap;
   if (softcap > 0.0 && (softcap < kMinSoftcap || softcap > kMaxSoftcap)) {

@@ -1,4 +1,4 @@
-// Host side of the v3 forward with a window, softcap, ALiBi or sinks.
+// Host side of the v3 forward with a window, softcap, ALiBi, sinks or dropout.
 #pragma once
 
 #include "v3/forward/launch.cuh"
@@ -38,7 +38,17 @@ GeneralKernelParams make_general_kernel_params(const ForwardParams& params,
           general.alibi_slopes,
           general.sinks,
           static_cast<float>(kLog2e / scale.log2),
-          Softcap(general.softcap, std::fabs(params.softmax_scale))};
+          Softcap(general.softcap, std::fabs(params.softmax_scale)),
+          KernelDropout(general.dropout)};
+}
+
+// Calls `f` with the configuration of the kernel that computes this.
+template <typename Element, int kHeadDim, typename Function>
+auto with_general_config(const ForwardParams& params, Function&& f) {
+  if (params.general.dropout.rng_state != nullptr) {
+    return f(Config<Element, kHeadDim, Variant::kDropout>());
+  }
+  return f(Config<Element, kHeadDim, Variant::kGeneral>());
 }
 
 }  // namespace v3::forward
@@ -46,19 +56,24 @@ GeneralKernelParams make_general_kernel_params(const ForwardParams& params,
 template <typename Element, int kHeadDim>
 void launch_general_forward_v3(const ForwardParams& params, CudaStream stream) {
   using namespace v3::forward;
-  using Config = v3::forward::Config<Element, kHeadDim, Variant::kGeneral>;
-  const Schedule schedule = make_general_schedule<Config>(params);
-  launch_kernel(forward_kernel<Config>, schedule.num_thread_blocks, Config::kNumThreads,
-                sizeof(typename Config::SharedStorage), stream, "the v3 general forward kernel",
-                make_general_kernel_params<Config>(params, schedule), params.shape);
+  with_general_config<Element, kHeadDim>(params, [&](auto config) {
+    using Config = decltype(config);
+    const Schedule schedule = make_general_schedule<Config>(params);
+    launch_kernel(forward_kernel<Config>, schedule.num_thread_blocks, Config::kNumThreads,
+                  sizeof(typename Config::SharedStorage), stream, "the v3 general forward kernel",
+                  make_general_kernel_params<Config>(params, schedule), params.shape);
+  });
 }
 
 template <typename Element, int kHeadDim>
 KernelPlan plan_general_forward_v3(const ForwardParams& params) {
-  using Config = v3::forward::Config<Element, kHeadDim, v3::forward::Variant::kGeneral>;
-  return {Config::kBlockM, Config::kBlockN, Config::kNumThreads / 32,
-          sizeof(typename Config::SharedStorage),
-          v3::forward::make_general_schedule<Config>(params).num_thread_blocks};
+  using namespace v3::forward;
+  return with_general_config<Element, kHeadDim>(params, [&](auto config) {
+    using Config = decltype(config);
+    return KernelPlan{Config::kBlockM, Config::kBlockN, Config::kNumThreads / 32,
+                      sizeof(typename Config::SharedStorage),
+                      make_general_schedule<Config>(params).num_thread_blocks};
+  });
 }
 
 }  // namespace flash_ext
