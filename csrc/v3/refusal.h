@@ -43,9 +43,8 @@ inline std::string lacks(const char* name) { return std::string("has no kernels 
 inline std::string general_refusal(const AttentionShape& shape, const GeneralParams& general) {
   if (general.mask.data != nullptr) return lacks("attn_mask");
   if (general.block_mask.data != nullptr) return lacks("block_mask");
-  if (general.dropout.rng_state != nullptr) return lacks("dropout_p");
   if (shape.head_dim > 128) {
-    return "needs a head_dim of at most 128 with window, softcap, alibi_slopes or sinks, got " +
+    return "needs a head_dim of at most 128 beyond plain attention, got " +
            std::to_string(shape.head_dim);
   }
   // TMA takes no empty tensors.
@@ -88,8 +87,9 @@ inline std::string refusal(const BackwardParams& p, int element_bytes, bool is_c
   if (p.general.sequences.seqlens_k != nullptr) return lacks("seqlens_k");
   reason = general_refusal(p.shape, p.general);
   if (!reason.empty()) return reason;
+  if (p.general.dropout.rng_state != nullptr) return lacks("dropout_p");
   if (p.general_gradients.dslopes.data != nullptr) {
-    return "has no kernels with the gradient of alibi_slopes";
+    return lacks("the gradient of alibi_slopes");
   }
   const double softcap = p.general.softcap;
   if (softcap > 0.0 && (softcap < kMinSoftcap || softcap > kMaxSoftcap)) {

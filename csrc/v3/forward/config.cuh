@@ -6,6 +6,7 @@
 
 #include "sm90/pipeline.cuh"
 #include "sm90/smem_tile.cuh"
+#include "v3/forward/dropout.cuh"
 #include "v3/forward/kernel_params.cuh"
 
 namespace flash_ext::v3::forward {
@@ -34,6 +35,7 @@ enum class Variant {
   kHalves,   // a first block of which only the first half is seen is computed by half
   kSplit,    // the keys are split, see splits.h
   kGeneral,  // window, softcap, alibi_slopes and sinks, see general_scores.cuh
+  kDropout,  // the same with dropout
 };
 
 // H200, bf16, 16k tokens, over cuDNN (v3_tuning.json). d=64: 1.21 at 4k and 1.12 at 512 keys, where
@@ -64,9 +66,14 @@ struct Config : TileShape<kHeadDim_, kVariant> {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kHalvesFirst = kVariant == Variant::kHalves;
   static constexpr bool kSplitsKeys = kVariant == Variant::kSplit;
-  static constexpr bool kIsGeneral = kVariant == Variant::kGeneral;
+  static constexpr bool kDropsOut = kVariant == Variant::kDropout;
+  static constexpr bool kIsGeneral = kVariant == Variant::kGeneral || kDropsOut;
   using Params = std::conditional_t<kIsGeneral, GeneralKernelParams, KernelParams>;
   using Tile = std::conditional_t<kIsGeneral, PlacedTile, forward::Tile>;
+  // How much of a block is drawn while S is computed: where registers are left for it.
+  static constexpr int kEarlyGroups = Base::kConsumers == 2 ? Base::kBlockN / 32 : 0;
+  using Dropout =
+      std::conditional_t<kDropsOut, WeightDropout<Base::kBlockN, kEarlyGroups>, NoDropout>;
   using WarpgroupTile = std::conditional_t<kIsGeneral, GeneralTile, forward::WarpgroupTile>;
   // O leaves through the tile's own Q buffer; where there is one only, straight from registers, so
   // that the next Q arrives meanwhile (H200, 512 keys: 5 to 10%).

@@ -8,18 +8,10 @@
 #include "v3/forward/config.cuh"
 #include "v3/forward/general_softmax.cuh"
 #include "v3/forward/kernel_params.cuh"
+#include "v3/forward/pin_before_wait.cuh"
 #include "v3/forward/softmax.cuh"
 
 namespace flash_ext::v3::forward {
-
-// Keeps what `x` >= 0 depends on before the next wgmma wait. The wait is ordered against memory
-// only, and ptxas moves it above any arithmetic that does not need its result.
-__device__ __forceinline__ void pin_before_wait(float x, float* never_written) {
-  asm volatile(
-      "{.reg .pred p; setp.lt.f32 p, %0, 0f00000000; @p st.shared.f32 [%1], %0;}\n" ::"f"(x),
-      "r"(ptx::smem_addr(never_written))
-      : "memory");
-}
 
 template <typename Config>
 class Consumer {
@@ -29,7 +21,8 @@ class Consumer {
   using SharedStorage = typename Config::SharedStorage;
   using Params = typename Config::Params;
   using WarpgroupTile = typename Config::WarpgroupTile;
-  using Softmax = std::conditional_t<Config::kIsGeneral, GeneralSoftmax, forward::Softmax>;
+  using Softmax =
+      std::conditional_t<Config::kIsGeneral, GeneralSoftmax<!Config::kDropsOut>, forward::Softmax>;
   static constexpr int kBlockN = Config::kBlockN;
   static constexpr int kTilesN = kBlockN / 8;  // of eight columns
   static constexpr bool kTurnEveryBlock = Config::kTurns == Turns::kEveryBlock;
@@ -44,7 +37,8 @@ class Consumer {
         lane_idx_(threadIdx.x % 32),
         q_desc_(sm90::Descriptor::k_major(smem.q[0][warpgroup_idx])),
         k_desc_(sm90::Descriptor::k_major(smem.k[0])),
-        v_desc_(sm90::Descriptor::mn_major(smem.v[0])) {}
+        v_desc_(sm90::Descriptor::mn_major(smem.v[0])),
+        dropout_(params) {}
 
   __device__ __forceinline__ void run() {
     if (warpgroup_idx_ == Config::kConsumers - 1) pass_turn();  // warpgroup 0 begins
@@ -89,6 +83,7 @@ class Consumer {
     work.accumulates = false;
     if constexpr (Config::kIsGeneral) work.full_begin = ptx::warp_uniform(tile.full_begin);
     if (p_.scale.negate) negate_q(work);
+    dropout_.begin_tile(tile, warp_idx_, lane_idx_);
     return true;
   }
 
@@ -161,12 +156,14 @@ class Consumer {
     if (!kTurnEveryBlock) await_turn();
     ptx::wgmma_fence();
     issue_scores(acc_s, work);
+    const auto drawn = dropout_.draw(work.end - 1, &smem_.never_written);
     ptx::wgmma_wait_group<0>();
     if (!kTurnEveryBlock) pass_turn();
     release_k();
     finish_scores(acc_s, work, work.end - 1, /*is_edge=*/work.end > work.full_end);
-    softmax_.update_max(acc_s, score_scale());
+    softmax_.update_max(acc_s, score_scale(), dropout_.factor_log2());
     softmax_.template weights<0, kKeys / 8>(acc_s, score_scale());
+    dropout_.drop(acc_s, drawn, work.end - 1);
     sm90::pack_operand<Element>(frag_p_, acc_s);
   }
 
@@ -192,10 +189,11 @@ class Consumer {
     ptx::wgmma_fence();
     issue_product(work);
     if (kTurnEveryBlock) pass_turn();
+    const auto drawn = dropout_.draw(n_block, &smem_.never_written);
     ptx::wgmma_wait_group<1>();
     release_k();
     finish_scores(acc_s, work, n_block, is_edge);
-    softmax_.update_max(acc_s, score_scale());
+    softmax_.update_max(acc_s, score_scale(), dropout_.factor_log2());
     softmax_.template weights<0, kEarlyTiles>(acc_s, score_scale());
     if (kEarlyTiles < kTilesN) {
       pin_before_wait(softmax_.row_sum[0] + softmax_.row_sum[1], &smem_.never_written);
@@ -203,6 +201,7 @@ class Consumer {
     ptx::wgmma_wait_group<0>();
     release_v();
     softmax_.template weights<kEarlyTiles, kTilesN>(acc_s, score_scale());
+    dropout_.drop(acc_s, drawn, n_block);
     sm90::pack_operand<Element>(frag_p_, acc_s);
     softmax_.rescale_accumulator(acc_o_);
   }
@@ -299,10 +298,11 @@ class Consumer {
     float2* const stats = p_.shares.stats + head_row(tile);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float sum = quad_sum(softmax_.row_sum[half]);
+      float sum = quad_sum(softmax_.row_sum[half]) * dropout_.sum_factor();
       float max = softmax_.row_max[half] * p_.scale.natural;
       float own_factor = 1.f;
       if constexpr (Config::kIsGeneral) own_factor = join_sink(tile.sink, max, sum);
+      own_factor *= dropout_.out_factor();
       inverse_sums[half] = sum > 0.f ? own_factor * ptx::rcp_approx(sum) : 0.f;
       const int row = tile.row0 + 16 * warp_idx_ + lane_idx_ / 4 + 8 * half;
       if (lane_idx_ % 4 == 0 && row < num_rows(tile)) {
@@ -398,6 +398,7 @@ class Consumer {
   sm90::RingPosition<Config::kVStages> v_at_;
 
   Softmax softmax_;
+  typename Config::Dropout dropout_;
   float acc_o_[Config::kHeadDim / 8][4];
   uint32_t frag_p_[kBlockN / 16][4];
 };

@@ -1,4 +1,5 @@
-// Host side of the v3 forward with a window, softcap, ALiBi, sinks, packed sequences or seqlens_k.
+// Host side of the v3 forward beyond plain attention: window, softcap, ALiBi, sinks, dropout,
+// packed sequences and seqlens_k.
 #pragma once
 
 #include "v3/forward/general_workspace.h"
@@ -90,6 +91,7 @@ GeneralKernelParams make_general_kernel_params(const ForwardParams& params,
           static_cast<float>(kLog2e / scale.log2),
           Softcap(general.softcap, std::fabs(params.softmax_scale),
                   general.alibi_slopes.data != nullptr),
+          KernelDropout(general.dropout),
           general.sequences,
           EntryTables{},
           general.causal == CausalMode::kTopLeft};
@@ -127,31 +129,45 @@ EntryTables prepare_entries(const ForwardParams& params, cudaStream_t stream) {
   return {p.maps, p.num_templates, p.tiles, p.num_tiles};
 }
 
+// Calls `f` with the configuration of the kernel that computes this.
+template <typename Element, int kHeadDim, typename Function>
+auto with_general_config(const ForwardParams& params, Function&& f) {
+  if (params.general.dropout.rng_state != nullptr) {
+    return f(Config<Element, kHeadDim, Variant::kDropout>());
+  }
+  return f(Config<Element, kHeadDim, Variant::kGeneral>());
+}
+
 }  // namespace v3::forward
 
 template <typename Element, int kHeadDim>
 void launch_general_forward_v3(const ForwardParams& params, CudaStream stream) {
   using namespace v3::forward;
-  using Config = v3::forward::Config<Element, kHeadDim, Variant::kGeneral>;
-  static_assert(Config::kBlockM == v3::forward_block_m(kHeadDim));
-  const char* const name = "the v3 general forward kernel";
-  const Schedule schedule = make_general_schedule<Config>(params);
-  GeneralKernelParams p = make_general_kernel_params<Config>(params, schedule);
-  Overlap overlap = Overlap::kNone;
-  if (v3::has_own_lengths(params.general.sequences)) {
-    p.entries = prepare_entries<Config>(params, stream);
-    overlap = overlap_of(forward_kernel<Config>, name, params.shape);
-  }
-  launch_kernel(forward_kernel<Config>, schedule.num_thread_blocks, Config::kNumThreads,
-                sizeof(typename Config::SharedStorage), stream, name, p, params.shape, overlap);
+  with_general_config<Element, kHeadDim>(params, [&](auto config) {
+    using Config = decltype(config);
+    static_assert(Config::kBlockM == v3::forward_block_m(kHeadDim));
+    const char* const name = "the v3 general forward kernel";
+    const Schedule schedule = make_general_schedule<Config>(params);
+    GeneralKernelParams p = make_general_kernel_params<Config>(params, schedule);
+    Overlap overlap = Overlap::kNone;
+    if (v3::has_own_lengths(params.general.sequences)) {
+      p.entries = prepare_entries<Config>(params, stream);
+      overlap = overlap_of(forward_kernel<Config>, name, params.shape);
+    }
+    launch_kernel(forward_kernel<Config>, schedule.num_thread_blocks, Config::kNumThreads,
+                  sizeof(typename Config::SharedStorage), stream, name, p, params.shape, overlap);
+  });
 }
 
 template <typename Element, int kHeadDim>
 KernelPlan plan_general_forward_v3(const ForwardParams& params) {
-  using Config = v3::forward::Config<Element, kHeadDim, v3::forward::Variant::kGeneral>;
-  return {Config::kBlockM, Config::kBlockN, Config::kNumThreads / 32,
-          sizeof(typename Config::SharedStorage),
-          v3::forward::make_general_schedule<Config>(params).num_thread_blocks};
+  using namespace v3::forward;
+  return with_general_config<Element, kHeadDim>(params, [&](auto config) {
+    using Config = decltype(config);
+    return KernelPlan{Config::kBlockM, Config::kBlockN, Config::kNumThreads / 32,
+                      sizeof(typename Config::SharedStorage),
+                      make_general_schedule<Config>(params).num_thread_blocks};
+  });
 }
 
 }  // namespace flash_ext

@@ -8,6 +8,8 @@
 
 namespace flash_ext::v3::forward {
 
+// kInExponents: for that. It costs five registers, which kernels with dropout have not.
+template <bool kInExponents>
 struct GeneralSoftmax : Softmax {
   // Of this block's scores. Exponents are scores * scale - max_log2 - offset_log2, or, under a
   // softcap, scores * cap_factor(scores) - max_log2.
@@ -26,10 +28,11 @@ struct GeneralSoftmax : Softmax {
   }
 
   template <int kN>
-  __device__ __forceinline__ void update_max(float (&acc_s)[kN][4], const GeneralKernelParams& p) {
+  __device__ __forceinline__ void update_max(float (&acc_s)[kN][4], const GeneralKernelParams& p,
+                                             float factor_log2) {
     float block_max[2];
     bool grows[2];
-    const bool is_capped_later = p.softcap.is_on && p.softcap.is_in_exponent;
+    const bool is_capped_later = is_in_exponents(p.softcap);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       block_max[half] = max_of_row(acc_s, half) - offset[half];
@@ -41,12 +44,12 @@ struct GeneralSoftmax : Softmax {
         grows[half] = exceeds_lag(block_max[half], half, p.scale.log2);
       }
     }
-    raise_max(acc_s, block_max, grows, p.scale.log2);
+    raise_max(acc_s, block_max, grows, p.scale.log2, factor_log2);
   }
 
   template <int kBegin, int kEnd, int kN>
   __device__ __forceinline__ void weights(float (&acc_s)[kN][4], const GeneralKernelParams& p) {
-    if (p.softcap.is_on && p.softcap.is_in_exponent) {
+    if (is_in_exponents(p.softcap)) {
       Softmax::weights<kBegin, kEnd>(acc_s, [&](float s, int half) {
         return fmaf(s, cap_factor(s, polynomial), -max_log2[half]);
       });
@@ -59,6 +62,10 @@ struct GeneralSoftmax : Softmax {
   }
 
  private:
+  __device__ __forceinline__ static bool is_in_exponents(const Softcap& softcap) {
+    return kInExponents && softcap.is_on && softcap.is_in_exponent;
+  }
+
   // softcap * tanh(s * scale / softcap), in units of log2 and to 2^-21 of the cap (2^-24 in the
   // mean). Where no score of the warp's comes near the cap, as is usual, a polynomial does, which
   // needs no special function: exp2 alone takes them as long as the tensor cores take both products
@@ -68,7 +75,7 @@ struct GeneralSoftmax : Softmax {
     const bool is_near = is_near_cap(acc_s, softcap);
     if (is_near) {
       cap_by_exponential(acc_s, softcap);
-    } else if (!softcap.is_in_exponent) {
+    } else if (!is_in_exponents(softcap)) {
       cap_by_polynomial(acc_s, softcap);
     }
     // Of scores that have been capped: 1, and for -inf not 0 * inf.
@@ -84,7 +91,9 @@ struct GeneralSoftmax : Softmax {
     const bool is_left = distance >= 8 * kN;
     const bool is_right = distance + 8 <= 0;
     const float sign = is_left ? 1.f : -1.f;
-    if (__all_sync(0xffffffffu, is_left) || __all_sync(0xffffffffu, is_right)) {
+    if (!kInExponents) {
+      add_distances(acc_s, slope, distance);
+    } else if (__all_sync(0xffffffffu, is_left) || __all_sync(0xffffffffu, is_right)) {
       add_columns(acc_s, sign * slope);
       offset[0] = sign * slope * static_cast<float>(distance);
       offset[1] = sign * slope * static_cast<float>(distance + 8);

@@ -12,6 +12,8 @@
 //   4. row maximum and the first weights      } the tensor cores compute O meanwhile
 //   5. wait for O, let go of V_j+1
 //   6. the other weights, P; O rescaled if a maximum grew by more than 2^8 of weight
+// Dropout's random numbers are drawn between 2 and 3, and weights dropped in 6, see dropout.cuh. At
+// d=64 no registers are left for the numbers, and they are drawn beside the weights.
 //
 //   tensor cores  | S0 | PV0   | S1 | PV1   | S0 | PV0   | S1 | PV1   |      0, 1: warpgroups
 //   softmax 0          |####################|    |####################|

@@ -66,6 +66,30 @@ struct EntryTables {
   const int* num_tiles = nullptr;
 };
 
+// Dropout as the kernel applies it. Weights are multiplied by a power of two first, which is at
+// least `keep_scale`: lest small ones lose bits as they are rounded to fp16, where weights up to
+// 2^8 times kMaxFactor still fit.
+struct KernelDropout {
+  const uint64_t* rng_state = nullptr;
+  uint32_t thresholds;  // the threshold, twice
+  float factor_log2;    // of that power
+  float sum_factor;     // turns the sum of such weights into that of the weights
+  float out_factor;     // and of products
+
+  KernelDropout() = default;
+  explicit KernelDropout(const Dropout& dropout) : rng_state(dropout.rng_state) {
+    // Where all is dropped it is this factor of 0 that does it.
+    thresholds = (dropout.threshold & 0xffff) * 0x10001u;
+    const float least = dropout.keep_scale < kMaxFactor ? dropout.keep_scale : kMaxFactor;
+    factor_log2 = least > 1.f ? std::ceil(std::log2(least)) : 0.f;
+    sum_factor = std::exp2(-factor_log2);
+    out_factor = dropout.keep_scale * sum_factor;
+  }
+
+ private:
+  static constexpr float kMaxFactor = 128.f;
+};
+
 // Of general calls. `scale` is that of the scores which the softcap leaves, if there is one.
 struct GeneralKernelParams : KernelParams {
   BandMask band;
@@ -73,6 +97,7 @@ struct GeneralKernelParams : KernelParams {
   HeadTensor sinks;
   float bias_factor;  // slopes times this are in the units of scores
   Softcap softcap;
+  KernelDropout dropout;
   Sequences sequences;
   EntryTables entries;
   bool is_top_left = false;  // the band's diagonal begins in that corner, whatever the lengths

@@ -21,9 +21,11 @@ struct Softmax {
   bool rescales = false;                      // in this warp: some rescale is not 1
   bool shifts = false;                        // in this warp: huge scores, see ExponentBase
 
-  // Takes in the block's scores. Afterwards weights() may turn them into weights.
+  // Takes in the block's scores. Afterwards weights() may turn them into weights, times
+  // 2^factor_log2.
   template <int kN>
-  __device__ __forceinline__ void update_max(float (&acc_s)[kN][4], float scale_log2) {
+  __device__ __forceinline__ void update_max(float (&acc_s)[kN][4], float scale_log2,
+                                             float factor_log2 = 0.f) {
     float block_max[2];
     bool grows[2];
 #pragma unroll
@@ -31,7 +33,7 @@ struct Softmax {
       block_max[half] = max_of_row(acc_s, half);
       grows[half] = exceeds_lag(block_max[half], half, scale_log2);
     }
-    raise_max(acc_s, block_max, grows, scale_log2);
+    raise_max(acc_s, block_max, grows, scale_log2, factor_log2);
   }
 
   template <int kN>
@@ -53,7 +55,8 @@ struct Softmax {
 
   template <int kN>
   __device__ __forceinline__ void raise_max(float (&acc_s)[kN][4], const float (&block_max)[2],
-                                            const bool (&grows)[2], float scale_log2) {
+                                            const bool (&grows)[2], float scale_log2,
+                                            float factor_log2) {
     rescales = __any_sync(0xffffffffu, grows[0] || grows[1]);
     if (!rescales && !shifts) return;
     float shift[2];
@@ -63,7 +66,7 @@ struct Softmax {
       if (grows[half]) row_max[half] = block_max[half];
       const ExponentBase base(row_max[half], scale_log2);
       shift[half] = base.shift;
-      max_log2[half] = base.max_log2;
+      max_log2[half] = base.max_log2 - factor_log2;
       rescale[half] = base.rescale(old_max, scale_log2);
       row_sum[half] *= rescale[half];
     }
