@@ -130,8 +130,7 @@ void launch_prepare_sequences(PrepareParams<TileRule>& p, const SequenceWorkspac
   p.max_tiles = static_cast<int>(layout.max_tiles);
   p.tile_shift = 0;
   while ((max_blocks_of_a_tile >> p.tile_shift) >= kPrepareThreads) ++p.tile_shift;
-  p.num_map_blocks =
-      static_cast<int>((int64_t{p.batch} * p.num_templates + kWarps - 1) / kWarps);
+  p.num_map_blocks = static_cast<int>((int64_t{p.batch} * p.num_templates + kWarps - 1) / kWarps);
   const int64_t row_chunks = (p.sequences.total_q + kPrepareThreads - 1) / kPrepareThreads;
   const int64_t clearing = p.unowned.data != nullptr ? row_chunks * p.unowned.heads : 0;
   launch_kernel(prepare_sequences_kernel<TileRule>, 1 + p.num_map_blocks + clearing,

@@ -45,7 +45,7 @@ inline std::string general_refusal(const AttentionShape& shape, const GeneralPar
   if (general.block_mask.data != nullptr) return lacks("block_mask");
   if (general.dropout.rng_state != nullptr) return lacks("dropout_p");
   if (shape.head_dim > 128) {
-    return "needs a head_dim of at most 128 with window, softcap, alibi_slopes or sinks, got " +
+    return "needs a head_dim of at most 128 in general attention, got " +
            std::to_string(shape.head_dim);
   }
   // TMA takes no empty tensors.

@@ -33,7 +33,7 @@ enum class Variant {
   kShort,    // few keys, and rows that fill tiles of four warpgroups better than of three: d=64
   kHalves,   // a first block of which only the first half is seen is computed by half
   kSplit,    // the keys are split, see splits.h
-  kGeneral,  // window, softcap, alibi_slopes and sinks, see general_scores.cuh
+  kGeneral,  // see general_scores.cuh and sequence_maps.cuh
 };
 
 // H200, bf16, 16k tokens, over cuDNN (v3_tuning.json). d=64: 1.21 at 4k and 1.12 at 512 keys, where
