@@ -179,7 +179,7 @@ void general_forward(const c10::OperatorHandle&, Stack* stack) {
   describe(in, slopes, sinks, &params);
   const bool has_rows = lse.numel() > 0 && params.shape.batch > 0 && params.shape.seqlen_q > 0;
   const bool fills_rows =
-      has_rows && in.q.is_cuda() &&
+      in.is_packed() && has_rows && in.q.is_cuda() &&
       cuda_backend::fills_unowned_rows(in.algorithm, in.q.scalar_type(), params, in.q.device());
   if (in.is_packed() && !fills_rows) {  // rows that belong to no sequence
     out.zero_();

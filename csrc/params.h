@@ -51,7 +51,8 @@ struct ForwardParams {
   // (batch, heads_q, seqlen_q) dense, packed (heads_q, total_q); fp32, fp64 for fp64 inputs.
   void* lse = nullptr;
   // v1: O, l and m of Algorithm 1 between two K/V blocks, see v1_workspace_floats(). v2, v3:
-  // results of shares of the keys, see v2:: and v3::forward_workspace_floats().
+  // results of shares of the keys, see v2:: and v3::forward_workspace_floats(). v3, general: what
+  // SequenceWorkspace lists.
   float* workspace = nullptr;
 };
 

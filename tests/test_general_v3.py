@@ -142,7 +142,6 @@ def test_neighbours_are_not_read(device, algorithm):
 
 REFUSED = {
     "attn_mask": {"attn_mask": torch.zeros(10, 12)},
-    "seqlens_k": {"seqlens_k": torch.tensor([3, 12], dtype=torch.int32)},
     "block_mask": {"block_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool)},
     "a softcap of 1e-4 to 1e4": {"softcap": 1e6},
 }
@@ -185,5 +184,7 @@ def test_auto_takes_v3_and_explain_says_so():
     assert (explanation.algorithm, explanation.backward) == ("v3", "v3")
     lengths = torch.tensor([200], dtype=torch.int32, device="cuda")
     explanation = flash_ext.explain(q, k, v, softcap=2.0, seqlens_k=lengths)
+    assert (explanation.algorithm, explanation.backward) == ("v3", "v2")
+    explanation = flash_ext.explain(q, k, v, softcap=2.0, attn_mask=torch.zeros(300, 300, device="cuda"))
     assert explanation.algorithm == "v2"
-    assert "v3 has no kernels with seqlens_k" in explanation.reasons
+    assert "v3 has no kernels with attn_mask" in explanation.reasons

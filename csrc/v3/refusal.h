@@ -44,7 +44,7 @@ inline std::string general_refusal(const AttentionShape& shape, const GeneralPar
   if (general.mask.data != nullptr) return lacks("attn_mask");
   if (general.block_mask.data != nullptr) return lacks("block_mask");
   if (shape.head_dim > 128) {
-    return "needs a head_dim of at most 128 beyond plain attention, got " +
+    return "needs a head_dim of at most 128 in general attention, got " +
            std::to_string(shape.head_dim);
   }
   // TMA takes no empty tensors.

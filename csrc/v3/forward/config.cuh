@@ -34,7 +34,7 @@ enum class Variant {
   kShort,    // few keys, and rows that fill tiles of four warpgroups better than of three: d=64
   kHalves,   // a first block of which only the first half is seen is computed by half
   kSplit,    // the keys are split, see splits.h
-  kGeneral,  // window, softcap, alibi_slopes and sinks, see general_scores.cuh
+  kGeneral,  // see general_scores.cuh and sequence_maps.cuh
   kDropout,  // the same with dropout
 };
 

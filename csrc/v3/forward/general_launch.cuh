@@ -40,7 +40,8 @@ int64_t listed_section_heads(const ForwardParams& params, int64_t max_tiles) {
       2 * keys * s.head_dim * int64_t{sizeof(typename Config::Element)} / s.group_size();
   const int64_t fitting = kSectionBytes / std::max<int64_t>(1, head_bytes);
   const int64_t enough = kMinRounds * multiprocessor_count(s) / std::max<int64_t>(1, max_tiles) + 1;
-  return std::min(std::max(fitting, enough), s.heads_q);
+  const int64_t num_sections = std::max<int64_t>(1, s.heads_q / std::max(fitting, enough));
+  return (s.heads_q + num_sections - 1) / num_sections;
 }
 
 // `order` counts the heads of one batch entry, for the list holds the entries.
@@ -125,7 +126,7 @@ EntryTables prepare_entries(const ForwardParams& params, cudaStream_t stream) {
                  static_cast<float*>(params.lse),     static_cast<int>(s.heads_q)};
   }
   launch_prepare_sequences(p, general_workspace(params), params.workspace,
-                           ceil_div(static_cast<int>(s.seqlen_k), Config::kBlockN), s, stream);
+                           (s.seqlen_k + Config::kBlockN - 1) / Config::kBlockN, s, stream);
   return {p.maps, p.num_templates, p.tiles, p.num_tiles};
 }
 

@@ -36,6 +36,9 @@
 //   named 1.. (turns)          the group before, the group itself   the group whose turn it is
 //   named behind these         one group, where the scale is < 0    the group
 //
+// General calls with lengths that the GPU reads have tiles and tensor maps from
+// prepare_sequences.cuh. Only the producer's two threads ask for them.
+//
 // Budget at                    d=64      d=64, short  d=128     d=256
 //   consumers x keys           3 x 128   4 x 64       2 x 128   2 x 64
 //   Q, K, V in shared memory   48+64+64  64+64+64     64+64+64  64+64+64 KB
