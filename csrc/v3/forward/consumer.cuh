@@ -36,7 +36,8 @@ class Consumer {
         q_desc_(sm90::Descriptor::k_major(smem.q[0][warpgroup_idx])),
         k_desc_(sm90::Descriptor::k_major(smem.k[0])),
         v_desc_(sm90::Descriptor::mn_major(smem.v[0])),
-        dropout_(params) {}
+        dropout_(params),
+        attn_mask_(smem, params) {}
 
   __device__ __forceinline__ void run() {
     if (warpgroup_idx_ == Config::kConsumers - 1) pass_turn();  // warpgroup 0 begins
@@ -82,6 +83,7 @@ class Consumer {
     if constexpr (Config::kIsGeneral) work.full_begin = ptx::warp_uniform(tile.full_begin);
     if (p_.scale.negate) negate_q(work);
     dropout_.begin_tile(tile, warp_idx_, lane_idx_);
+    if (work.begin < work.end) attn_mask_.begin_tile(tile, work.end - 1);
     return true;
   }
 
@@ -246,6 +248,7 @@ class Consumer {
     const auto row0 = [&] { return tile_of(work).row0 + 16 * warp_idx_ + lane_idx_ / 4; };
     if constexpr (Config::kIsGeneral) {
       if (p_.softcap.is_on) cap_scores(acc_s, p_.softcap);
+      attn_mask_.apply(acc_s, tile_of(work), n_block > work.begin, n_block - 1);
       if (p_.alibi_slopes.data != nullptr) {
         add_distances(acc_s, tile_of(work).slope, row0() + p_.band.diagonal - col0);
       }
@@ -372,6 +375,7 @@ class Consumer {
 
   Softmax softmax_;
   typename Config::Dropout dropout_;
+  typename Config::AttnMask attn_mask_;
   float acc_o_[Config::kHeadDim / 8][4];
   uint32_t frag_p_[kBlockN / 16][4];
 };
