@@ -55,13 +55,13 @@ inline std::string general_refusal(const AttentionShape& shape, const GeneralPar
 }
 
 // Of the forward, which fetches masks by TMA.
-inline std::string mask_refusal(const GeneralParams& general) {
+inline std::string mask_refusal(const AttentionShape& shape, const GeneralParams& general) {
   const ScoreTensor& mask = general.mask;
   if (mask.data == nullptr) return {};
   if (general.mask_type == MaskType::kFloat || general.mask_type == MaskType::kDouble) {
     return "needs an attn_mask in bool or q's dtype, got float32";
   }
-  if (mask.key_stride != 1) {
+  if (mask.key_stride != 1 && shape.seqlen_k > 1) {
     return "needs an attn_mask whose keys lie side by side, got them with a stride of " +
            std::to_string(mask.key_stride);
   }
@@ -79,7 +79,7 @@ inline std::string refusal(const ForwardParams& p, int element_bytes, bool is_co
                         is_compiled_in, compute_capability);
   if (!reason.empty() || !p.is_general) return reason;
   reason = general_refusal(p.shape, p.general);
-  if (reason.empty()) reason = mask_refusal(p.general);
+  if (reason.empty()) reason = mask_refusal(p.shape, p.general);
   if (!reason.empty()) return reason;
   // The powers of softmax_scale / softcap in its polynomial would leave fp32. See Softcap.
   const double softcap = p.general.softcap;
