@@ -88,6 +88,7 @@ def explain(q, k, v, *, causal=False, scale=None, algorithm="auto", **general):
         window=window,
         softcap=general.get("softcap") or 0.0,
         given=given,
+        **_mask_facts(general.get("attn_mask")),
     )
     v3_refusal = plan.pop("v3_refusal")
     if plan["algorithm"] == "v1":
@@ -139,6 +140,17 @@ def _reasons(q, k, v, asked, taken, v3_refusal):
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not _is_aligned(x):
             yield f"{name} has rows that are not aligned to 16 bytes: loaded by elements, which is slower"
+
+
+def _mask_facts(mask):
+    """For a mask of four dimensions."""
+    if mask is None:
+        return {"mask_dtype": "", "mask_strides": [0] * 4, "mask_is_aligned": True}
+    return {
+        "mask_dtype": str(mask.dtype).removeprefix("torch."),
+        "mask_strides": [0 if size == 1 else stride for size, stride in zip(mask.shape, mask.stride(), strict=True)],
+        "mask_is_aligned": mask.data_ptr() % 16 == 0,
+    }
 
 
 def _is_aligned(x):

@@ -30,4 +30,10 @@ __device__ __forceinline__ uint32_t ld_shared_b32(uint32_t addr) {
   return d;
 }
 
+__device__ __forceinline__ uint32_t ld_shared_u16(uint32_t addr) {
+  uint32_t d;
+  asm volatile("ld.shared.u16 %0, [%1];\n" : "=r"(d) : "r"(addr) : "memory");
+  return d;
+}
+
 }  // namespace flash_ext::ptx

@@ -30,13 +30,15 @@ inline auto tensor_map_encoder() {
   return encoder;
 }
 
-// A map of a (batch, heads, seqlen, head_dim) tensor for copies of boxes of `box_rows` rows and 64
-// columns, one slab of an sm90::SmemTile. Coordinates are (column, row, head, batch).
+// A map of a (batch, heads, seqlen, head_dim) tensor for copies of boxes of `box_rows` rows and 128
+// bytes, one slab of an sm90::SmemTile. Coordinates are (column, row, head, batch). Bytes may stand
+// for elements of one.
 template <typename Element>
 CUtensorMap make_tensor_map(const TensorView& view, int64_t batch, int64_t heads, int64_t seqlen,
                             int64_t head_dim, int box_rows) {
-  constexpr auto kType = std::is_same_v<Element, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
-                                                         : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  constexpr auto kType = std::is_same_v<Element, bool>     ? CU_TENSOR_MAP_DATA_TYPE_UINT8
+                         : std::is_same_v<Element, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                                           : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
   const auto size = [](int64_t n) { return static_cast<cuuint64_t>(n); };
   // A dimension of size 1 may come with any stride; its own must still be a multiple of 16.
   const auto bytes = [](int64_t stride, int64_t n) {
@@ -45,7 +47,7 @@ CUtensorMap make_tensor_map(const TensorView& view, int64_t batch, int64_t heads
   const cuuint64_t sizes[4] = {size(head_dim), size(seqlen), size(heads), size(batch)};
   const cuuint64_t strides[3] = {bytes(view.row_stride, seqlen), bytes(view.head_stride, heads),
                                  bytes(view.batch_stride, batch)};
-  const cuuint32_t box[4] = {64, static_cast<cuuint32_t>(box_rows), 1, 1};
+  const cuuint32_t box[4] = {128 / sizeof(Element), static_cast<cuuint32_t>(box_rows), 1, 1};
   const cuuint32_t every_element[4] = {1, 1, 1, 1};
   CUtensorMap map;
   const auto encode = [&] {

@@ -41,7 +41,6 @@ inline std::string lacks(const char* name) { return std::string("has no kernels 
 
 // What of general attention neither v3's forward nor its backward has kernels for.
 inline std::string general_refusal(const AttentionShape& shape, const GeneralParams& general) {
-  if (general.mask.data != nullptr) return lacks("attn_mask");
   if (general.block_mask.data != nullptr) return lacks("block_mask");
   if (shape.head_dim > 128) {
     return "needs a head_dim of at most 128 in general attention, got " +
@@ -55,12 +54,32 @@ inline std::string general_refusal(const AttentionShape& shape, const GeneralPar
   return {};
 }
 
+// Of the forward, which fetches masks by TMA.
+inline std::string mask_refusal(const AttentionShape& shape, const GeneralParams& general) {
+  const ScoreTensor& mask = general.mask;
+  if (mask.data == nullptr) return {};
+  if (general.mask_type == MaskType::kFloat || general.mask_type == MaskType::kDouble) {
+    return "needs an attn_mask in bool or q's dtype, got float32";
+  }
+  if (mask.key_stride != 1 && shape.seqlen_k > 1) {
+    return "needs an attn_mask whose keys lie side by side, got them with a stride of " +
+           std::to_string(mask.key_stride);
+  }
+  const int64_t piece = general.mask_type == MaskType::kBool ? 16 : 8;  // elements in 16 bytes
+  if (reinterpret_cast<uintptr_t>(mask.data) % 16 != 0 || mask.row_stride % piece != 0 ||
+      mask.head_stride % piece != 0 || mask.batch_stride % piece != 0) {
+    return "needs an attn_mask with rows that begin at multiples of 16 bytes, got one with others";
+  }
+  return {};
+}
+
 inline std::string refusal(const ForwardParams& p, int element_bytes, bool is_compiled_in,
                            int compute_capability) {
   auto reason = refusal(p.shape, {{"q", p.q}, {"k", p.k}, {"v", p.v}}, element_bytes,
                         is_compiled_in, compute_capability);
   if (!reason.empty() || !p.is_general) return reason;
   reason = general_refusal(p.shape, p.general);
+  if (reason.empty()) reason = mask_refusal(p.shape, p.general);
   if (!reason.empty()) return reason;
   // The powers of softmax_scale / softcap in its polynomial would leave fp32. See Softcap.
   const double softcap = p.general.softcap;
@@ -87,6 +106,7 @@ inline std::string refusal(const BackwardParams& p, int element_bytes, bool is_c
   if (p.general.sequences.seqlens_k != nullptr) return lacks("seqlens_k");
   reason = general_refusal(p.shape, p.general);
   if (!reason.empty()) return reason;
+  if (p.general.mask.data != nullptr) return lacks("attn_mask");
   if (p.general.dropout.rng_state != nullptr) return lacks("dropout_p");
   if (p.general_gradients.dslopes.data != nullptr) {
     return lacks("the gradient of alibi_slopes");

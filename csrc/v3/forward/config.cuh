@@ -7,7 +7,9 @@
 #include "sm90/pipeline.cuh"
 #include "sm90/smem_tile.cuh"
 #include "v3/forward/dropout.cuh"
+#include "v3/forward/general_softmax.cuh"
 #include "v3/forward/kernel_params.cuh"
+#include "v3/forward/mask_tiles.cuh"
 
 namespace flash_ext::v3::forward {
 
@@ -31,11 +33,16 @@ struct Shape {
 // orders the main loop otherwise.
 enum class Variant {
   kPlain,
-  kShort,    // few keys, and rows that fill tiles of four warpgroups better than of three: d=64
-  kHalves,   // a first block of which only the first half is seen is computed by half
-  kSplit,    // the keys are split, see splits.h
-  kGeneral,  // see general_scores.cuh and sequence_maps.cuh
-  kDropout,  // the same with dropout
+  kShort,      // few keys, and rows that fill tiles of four warpgroups better than of three: d=64
+  kHalves,     // a first block of which only the first half is seen is computed by half
+  kSplit,      // the keys are split, see splits.h
+  kGeneral,    // see general_scores.cuh and sequence_maps.cuh
+  kSoftcap,    // the same with a softcap, which those below take, too
+  kDropout,    // the same with dropout
+  kFloatMask,  // and with an attn_mask of q's type, or bool; with or without dropout
+  kBoolMask,
+  kFloatMaskDropout,
+  kBoolMaskDropout,
 };
 
 // H200, bf16, 16k tokens, over cuDNN (v3_tuning.json). d=64: 1.21 at 4k and 1.12 at 512 keys, where
@@ -50,6 +57,11 @@ template <>
 struct TileShape<64, Variant::kPlain> : Shape<3, 128, 4, 4, 2, 0> {};
 template <>
 struct TileShape<64, Variant::kShort> : Shape<4, 64, 8, 8, 2, 0> {};
+// With both, three warpgroups would spill.
+template <>
+struct TileShape<64, Variant::kFloatMaskDropout> : Shape<2, 128, 4, 4, 2, 2> {};
+template <>
+struct TileShape<64, Variant::kBoolMaskDropout> : Shape<2, 128, 4, 4, 2, 2> {};
 template <>
 struct TileShape<96, Variant::kPlain> : Shape<2, 128, 2, 2, 2, 2> {};
 template <>
@@ -66,14 +78,33 @@ struct Config : TileShape<kHeadDim_, kVariant> {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kHalvesFirst = kVariant == Variant::kHalves;
   static constexpr bool kSplitsKeys = kVariant == Variant::kSplit;
-  static constexpr bool kDropsOut = kVariant == Variant::kDropout;
-  static constexpr bool kIsGeneral = kVariant == Variant::kGeneral || kDropsOut;
+  static constexpr bool kAddsMask =
+      kVariant == Variant::kFloatMask || kVariant == Variant::kFloatMaskDropout;
+  static constexpr bool kHidesByMask =
+      kVariant == Variant::kBoolMask || kVariant == Variant::kBoolMaskDropout;
+  static constexpr bool kDropsOut = kVariant == Variant::kDropout ||
+                                    kVariant == Variant::kFloatMaskDropout ||
+                                    kVariant == Variant::kBoolMaskDropout;
+  static constexpr bool kIsGeneral = kVariant == Variant::kGeneral ||
+                                     kVariant == Variant::kSoftcap || kAddsMask || kHidesByMask ||
+                                     kDropsOut;
+  static constexpr InExponents kInExponents = kVariant == Variant::kGeneral ? InExponents::kAlibi
+                                              : kVariant == Variant::kSoftcap
+                                                  ? InExponents::kSoftcap
+                                                  : InExponents::kNone;
+  static constexpr bool kMayCap = kVariant != Variant::kGeneral;
+  using Softmax = std::conditional_t<kIsGeneral, GeneralSoftmax<kInExponents>, forward::Softmax>;
   using Params = std::conditional_t<kIsGeneral, GeneralKernelParams, KernelParams>;
   using Tile = std::conditional_t<kIsGeneral, PlacedTile, forward::Tile>;
   // How much of a block is drawn while S is computed: where registers are left for it.
-  static constexpr int kEarlyGroups = Base::kConsumers == 2 ? Base::kBlockN / 32 : 0;
+  static constexpr int kEarlyGroups =
+      Base::kConsumers == 2 && kVariant == Variant::kDropout ? Base::kBlockN / 32 : 0;
   using Dropout =
       std::conditional_t<kDropsOut, WeightDropout<Base::kBlockN, kEarlyGroups>, NoDropout>;
+  using AttnMask = std::conditional_t<
+      kAddsMask || kHidesByMask,
+      WarpMask<std::conditional_t<kAddsMask, Element, bool>, Base::kBlockN, 4 * Base::kConsumers>,
+      NoMask>;
   using WarpgroupTile = std::conditional_t<kIsGeneral, GeneralTile, forward::WarpgroupTile>;
   // O leaves through the tile's own Q buffer; where there is one only, straight from registers, so
   // that the next Q arrives meanwhile (H200, 512 keys: 5 to 10%).
@@ -93,7 +124,7 @@ struct Config : TileShape<kHeadDim_, kVariant> {
   using QTile = sm90::SmemTile<Element, kRowsPerWarpgroup, kHeadDim>;
   using KVTile = sm90::SmemTile<Element, Base::kBlockN, kHeadDim>;
 
-  struct SharedStorage {
+  struct SharedStorage : AttnMask::Storage {
     QTile q[Base::kQBuffers][Base::kConsumers];  // or a warpgroup's O on the way out
     KVTile k[Base::kKStages];
     KVTile v[Base::kVStages];

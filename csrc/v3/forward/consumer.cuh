@@ -6,10 +6,7 @@
 #include "sm90/store_rows.cuh"
 #include "sm90/warpgroup_gemm.cuh"
 #include "v3/forward/config.cuh"
-#include "v3/forward/general_softmax.cuh"
-#include "v3/forward/kernel_params.cuh"
 #include "v3/forward/pin_before_wait.cuh"
-#include "v3/forward/softmax.cuh"
 
 namespace flash_ext::v3::forward {
 
@@ -21,8 +18,7 @@ class Consumer {
   using SharedStorage = typename Config::SharedStorage;
   using Params = typename Config::Params;
   using WarpgroupTile = typename Config::WarpgroupTile;
-  using Softmax =
-      std::conditional_t<Config::kIsGeneral, GeneralSoftmax<!Config::kDropsOut>, forward::Softmax>;
+  using Softmax = typename Config::Softmax;
   static constexpr int kBlockN = Config::kBlockN;
   static constexpr int kTilesN = kBlockN / 8;  // of eight columns
   static constexpr bool kTurnEveryBlock = Config::kTurns == Turns::kEveryBlock;
@@ -38,7 +34,8 @@ class Consumer {
         q_desc_(sm90::Descriptor::k_major(smem.q[0][warpgroup_idx])),
         k_desc_(sm90::Descriptor::k_major(smem.k[0])),
         v_desc_(sm90::Descriptor::mn_major(smem.v[0])),
-        dropout_(params) {}
+        dropout_(params),
+        attn_mask_(smem, params) {}
 
   __device__ __forceinline__ void run() {
     if (warpgroup_idx_ == Config::kConsumers - 1) pass_turn();  // warpgroup 0 begins
@@ -84,6 +81,7 @@ class Consumer {
     if constexpr (Config::kIsGeneral) work.full_begin = ptx::warp_uniform(tile.full_begin);
     if (p_.scale.negate) negate_q(work);
     dropout_.begin_tile(tile, warp_idx_, lane_idx_);
+    if (work.begin < work.end) attn_mask_.begin_tile(tile, work.end - 1);
     return true;
   }
 
@@ -161,8 +159,8 @@ class Consumer {
     if (!kTurnEveryBlock) pass_turn();
     release_k();
     finish_scores(acc_s, work, work.end - 1, /*is_edge=*/work.end > work.full_end);
-    softmax_.update_max(acc_s, score_scale(), dropout_.factor_log2());
-    softmax_.template weights<0, kKeys / 8>(acc_s, score_scale());
+    softmax_.update_max(acc_s, p_.scale.log2, dropout_.factor_log2());
+    softmax_.template weights<0, kKeys / 8>(acc_s, p_.scale.log2);
     dropout_.drop(acc_s, drawn, work.end - 1);
     sm90::pack_operand<Element>(frag_p_, acc_s);
   }
@@ -193,14 +191,14 @@ class Consumer {
     ptx::wgmma_wait_group<1>();
     release_k();
     finish_scores(acc_s, work, n_block, is_edge);
-    softmax_.update_max(acc_s, score_scale(), dropout_.factor_log2());
-    softmax_.template weights<0, kEarlyTiles>(acc_s, score_scale());
+    softmax_.update_max(acc_s, p_.scale.log2, dropout_.factor_log2());
+    softmax_.template weights<0, kEarlyTiles>(acc_s, p_.scale.log2);
     if (kEarlyTiles < kTilesN) {
       pin_before_wait(softmax_.row_sum[0] + softmax_.row_sum[1], &smem_.never_written);
     }
     ptx::wgmma_wait_group<0>();
     release_v();
-    softmax_.template weights<kEarlyTiles, kTilesN>(acc_s, score_scale());
+    softmax_.template weights<kEarlyTiles, kTilesN>(acc_s, p_.scale.log2);
     dropout_.drop(acc_s, drawn, n_block);
     sm90::pack_operand<Element>(frag_p_, acc_s);
     softmax_.rescale_accumulator(acc_o_);
@@ -247,21 +245,15 @@ class Consumer {
     const int col0 = n_block * kBlockN + lane_idx_ % 4 * 2;
     const auto row0 = [&] { return tile_of(work).row0 + 16 * warp_idx_ + lane_idx_ / 4; };
     if constexpr (Config::kIsGeneral) {
-      softmax_.finish_scores(acc_s, p_, tile_of(work).slope,
-                             row0() + tile_of(work).diagonal - col0);
+      if (Config::kMayCap && p_.softcap.is_on) softmax_.cap_scores(acc_s, p_.softcap);
+      attn_mask_.apply(acc_s, tile_of(work), n_block > work.begin, n_block - 1);
+      if (p_.alibi_slopes.data != nullptr) {
+        softmax_.add_alibi(acc_s, tile_of(work).slope, row0() + tile_of(work).diagonal - col0);
+      }
       if (n_block >= work.full_end) hide_keys_behind(acc_s, band_of(work), row0(), col0);
       if (n_block < work.full_begin) hide_keys_before(acc_s, band_of(work), row0(), col0);
     } else if (is_edge) {
       mask_scores(acc_s, p_.mask, row0(), col0);
-    }
-  }
-
-  // What the softmax is to know of what makes scores exponents.
-  __device__ __forceinline__ const auto& score_scale() const {
-    if constexpr (Config::kIsGeneral) {
-      return p_;
-    } else {
-      return p_.scale.log2;
     }
   }
 
@@ -399,6 +391,7 @@ class Consumer {
 
   Softmax softmax_;
   typename Config::Dropout dropout_;
+  typename Config::AttnMask attn_mask_;
   float acc_o_[Config::kHeadDim / 8][4];
   uint32_t frag_p_[kBlockN / 16][4];
 };

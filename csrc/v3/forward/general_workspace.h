@@ -11,11 +11,13 @@ namespace flash_ext::v3 {
 inline constexpr int kPaddedMaps = 2;
 inline constexpr int kPackedMaps = 4;
 
+// Query rows of the smallest tile.
+inline constexpr int kLeastBlockM = 128;
+
 inline SequenceWorkspace general_workspace(const ForwardParams& params) {
   const AttentionShape& s = params.shape;
   const Sequences& sequences = params.general.sequences;
-  return SequenceWorkspace(sequences, s.batch, sequences.total_q, s.seqlen_q,
-                           forward_block_m(s.padded_head_dim()),
+  return SequenceWorkspace(sequences, s.batch, sequences.total_q, s.seqlen_q, kLeastBlockM,
                            sequences.is_packed() ? kPackedMaps : kPaddedMaps);
 }
 

@@ -63,6 +63,7 @@ __global__ void __launch_bounds__(Config::kNumThreads, 1)
     smem.k_barriers.init(4 * Config::kConsumers);  // a warp at a time
     smem.v_barriers.init(4 * Config::kConsumers);
     for (auto& ring : smem.q_barriers) ring.init(4);
+    smem.init_mask();
     ptx::mbarrier_init_fence();
   }
   __syncthreads();

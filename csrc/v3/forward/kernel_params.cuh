@@ -26,31 +26,31 @@ struct KernelParams {
   Schedule schedule;
 };
 
-// softcap * tanh(s * scale / softcap) in units of log2, see general_scores.cuh.
+// softcap * tanh(s * scale / softcap), in units of log2 unless a float mask follows, see
+// general_scores.cuh.
 struct Softcap {
   bool is_on = false;
-  bool is_in_exponent;   // the polynomial is part of the exponents, see GeneralSoftmax
+  bool is_last;          // nothing is added to what it leaves
   float max_polynomial;  // |s| up to which the polynomial holds
   float polynomial[3];   // of s^2, times s
   float exponent;        // of 2, for a score of 1: e^(2 s scale / softcap)
-  float cap;             // softcap * log2(e)
-  float scale_log2;      // of a score far below the cap
+  float cap;             // softcap in those units
 
   Softcap() = default;
-  // Where softcap is 0 there is none. The scale is that of the sign-changed Q, positive.
-  Softcap(double softcap, double scale, bool has_alibi) : is_on(softcap > 0.0) {
+  // Where softcap is 0 there is none. The scale is that of the sign-changed Q, positive; `unit`: of
+  // what leaves it, log2(e) for units of log2.
+  Softcap(double softcap, double scale, double unit, bool has_alibi) : is_on(softcap > 0.0) {
     if (!is_on) return;
     // tanh(y) = y (c0 + c1 y^2 + c2 y^4) to 5e-8 for |y| <= 0.25: the smallest maximum error.
     constexpr double kTanh[3] = {0.999998633, -0.333157014, 0.127622303};
     const double factor = scale / softcap;
     max_polynomial = static_cast<float>(kMaxTanhPolynomial / factor);
     for (int i = 0; i < 3; ++i) {
-      polynomial[i] = static_cast<float>(kTanh[i] * softcap * kLog2e * std::pow(factor, 2 * i + 1));
+      polynomial[i] = static_cast<float>(kTanh[i] * softcap * unit * std::pow(factor, 2 * i + 1));
     }
     exponent = static_cast<float>(2 * kLog2e * factor);
-    cap = static_cast<float>(softcap * kLog2e);
-    scale_log2 = static_cast<float>(scale * kLog2e);
-    is_in_exponent = !has_alibi && cap < kHugeLog2;
+    cap = static_cast<float>(softcap * unit);
+    is_last = !has_alibi && cap < kHugeLog2;
   }
 
  private:
@@ -90,6 +90,13 @@ struct KernelDropout {
   static constexpr float kMaxFactor = 128.f;
 };
 
+// attn_mask, see mask_tiles.cuh.
+struct KernelMask {
+  CUtensorMap map;  // (key, row, head, batch), boxes of a warp's rows
+  bool has_rows;    // otherwise one row is that of all
+  float scale;      // of the scores that a float mask is added to
+};
+
 // Of general calls. `scale` is that of the scores which the softcap leaves, if there is one.
 struct GeneralKernelParams : KernelParams {
   BandMask band;
@@ -98,6 +105,7 @@ struct GeneralKernelParams : KernelParams {
   float bias_factor;  // slopes times this are in the units of scores
   Softcap softcap;
   KernelDropout dropout;
+  KernelMask attn_mask;
   Sequences sequences;
   EntryTables entries;
   bool is_top_left = false;  // the band's diagonal begins in that corner, whatever the lengths
