@@ -43,7 +43,6 @@ inline std::string general_refusal(const AttentionShape& shape, const GeneralPar
   if (general.sequences.is_packed()) return lacks("cu_seqlens_q");
   if (general.sequences.seqlens_k != nullptr) return lacks("seqlens_k");
   if (general.mask.data != nullptr) return lacks("attn_mask");
-  if (general.block_mask.data != nullptr) return lacks("block_mask");
   if (general.dropout.rng_state != nullptr) return lacks("dropout_p");
   if (shape.head_dim > 128) {
     return "needs a head_dim of at most 128 with window, softcap, alibi_slopes or sinks, got " +
@@ -60,6 +59,7 @@ inline std::string refusal(const ForwardParams& p, int element_bytes, bool is_co
   if (!reason.empty() || !p.is_general) return reason;
   reason = general_refusal(p.shape, p.general);
   if (!reason.empty()) return reason;
+  if (p.general.block_mask.data != nullptr) return "has no kernels with block_mask";
   // The powers of softmax_scale / softcap in its polynomial would leave fp32. See Softcap.
   const double softcap = p.general.softcap;
   const double ratio = std::fabs(p.softmax_scale) / softcap;
