@@ -12,11 +12,11 @@ def _product(a, b):
     return middle >> 16, ((middle << 16) | (low & 0xFFFF)) & _MASK32
 
 
-def philox4x32_10(key, counter):
-    """Philox4x32-10 of a 64-bit key and four broadcastable int64 tensors of 32-bit numbers."""
+def philox4x32_7(key, counter):
+    """Philox4x32-7 of a 64-bit key and four broadcastable int64 tensors of 32-bit numbers."""
     key0, key1 = key & _MASK32, (key >> 32) & _MASK32
     c0, c1, c2, c3 = counter
-    for _ in range(10):
+    for _ in range(7):
         high0, low0 = _product(0xD2511F53, c0)
         high1, low1 = _product(0xCD9E8D57, c2)
         c0, c1, c2, c3 = high1 ^ c1 ^ key0, low1, high0 ^ c3 ^ key1, low0
@@ -36,7 +36,7 @@ def dropout_factor(dropout_p, rng_state, batch, heads, rows, columns):
     column = torch.arange(columns, device=device)
     group_row, group_column = ((row >> 4) << 3) | (row & 7), ((column >> 5) << 3) | (column & 7)
     offset = torch.full((1,), offset & _MASK32, device=device)
-    words = torch.broadcast_tensors(*philox4x32_10(seed, (group_column, group_row, head, offset)))
+    words = torch.broadcast_tensors(*philox4x32_7(seed, (group_column, group_row, head, offset)))
     word = torch.stack(words).gather(0, ((column >> 3) & 3).expand(1, *words[0].shape))[0]
     number = torch.where(row & 8 != 0, word >> 16, word & 0xFFFF)
     threshold = int(dropout_p * 65536 + 0.5)

@@ -96,11 +96,7 @@ struct Config : TileShape<kHeadDim_, kVariant> {
   using Softmax = std::conditional_t<kIsGeneral, GeneralSoftmax<kInExponents>, forward::Softmax>;
   using Params = std::conditional_t<kIsGeneral, GeneralKernelParams, KernelParams>;
   using Tile = std::conditional_t<kIsGeneral, PlacedTile, forward::Tile>;
-  // How much of a block is drawn while S is computed: where registers are left for it.
-  static constexpr int kEarlyGroups =
-      Base::kConsumers == 2 && kVariant == Variant::kDropout ? Base::kBlockN / 32 : 0;
-  using Dropout =
-      std::conditional_t<kDropsOut, WeightDropout<Base::kBlockN, kEarlyGroups>, NoDropout>;
+  using Dropout = std::conditional_t<kDropsOut, WeightDropout<Base::kBlockN>, NoDropout>;
   using AttnMask = std::conditional_t<
       kAddsMask || kHidesByMask,
       WarpMask<std::conditional_t<kAddsMask, Element, bool>, Base::kBlockN, 4 * Base::kConsumers>,

@@ -154,14 +154,13 @@ class Consumer {
     if (!kTurnEveryBlock) await_turn();
     ptx::wgmma_fence();
     issue_scores(acc_s, work);
-    const auto drawn = dropout_.draw(work.end - 1, &smem_.never_written);
     ptx::wgmma_wait_group<0>();
     if (!kTurnEveryBlock) pass_turn();
     release_k();
     finish_scores(acc_s, work, work.end - 1, /*is_edge=*/work.end > work.full_end);
     softmax_.update_max(acc_s, p_.scale.log2, dropout_.factor_log2());
     softmax_.template weights<0, kKeys / 8>(acc_s, p_.scale.log2);
-    dropout_.drop(acc_s, drawn, work.end - 1);
+    dropout_.drop(acc_s, work.end - 1);
     sm90::pack_operand<Element>(frag_p_, acc_s);
   }
 
@@ -187,7 +186,6 @@ class Consumer {
     ptx::wgmma_fence();
     issue_product(work);
     if (kTurnEveryBlock) pass_turn();
-    const auto drawn = dropout_.draw(n_block, &smem_.never_written);
     ptx::wgmma_wait_group<1>();
     release_k();
     finish_scores(acc_s, work, n_block, is_edge);
@@ -199,7 +197,7 @@ class Consumer {
     ptx::wgmma_wait_group<0>();
     release_v();
     softmax_.template weights<kEarlyTiles, kTilesN>(acc_s, p_.scale.log2);
-    dropout_.drop(acc_s, drawn, n_block);
+    dropout_.drop(acc_s, n_block);
     sm90::pack_operand<Element>(frag_p_, acc_s);
     softmax_.rescale_accumulator(acc_o_);
   }

@@ -64,13 +64,12 @@ struct GeneralSoftmax : Softmax {
     bool grows[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      block_max[half] = max_of_row(acc_s, half);
+      block_max[half] = quad_max(own_max_of_row(acc_s, half) - offset_[half]);
       if constexpr (kCaps) {
         // By the factor of a score of 0, from which others differ by 2%: 0.2 at a cap of 30.
         grows[half] = fmaf(block_max[half], polynomial_[0], -row_max[half]) > kMaxLagLog2;
         block_max[half] *= cap_factor(block_max[half], polynomial_);
       } else {
-        block_max[half] -= offset_[half];
         grows[half] = exceeds_lag(block_max[half], half, scale_log2);
       }
     }

@@ -30,7 +30,7 @@ struct KernelParams {
 // general_scores.cuh.
 struct Softcap {
   bool is_on = false;
-  bool is_last;          // nothing is added to what it leaves
+  bool is_last;          // nothing follows on it, and the exponents may take the polynomial
   float max_polynomial;  // |s| up to which the polynomial holds
   float polynomial[3];   // of s^2, times s
   float exponent;        // of 2, for a score of 1: e^(2 s scale / softcap)
@@ -50,11 +50,12 @@ struct Softcap {
     }
     exponent = static_cast<float>(2 * kLog2e * factor);
     cap = static_cast<float>(softcap * unit);
-    is_last = !has_alibi && cap < kHugeLog2;
+    is_last = !has_alibi && cap < kHugeLog2 && polynomial[2] > kTiny;
   }
 
  private:
   static constexpr double kMaxTanhPolynomial = 0.25;
+  static constexpr float kTiny = 1e-30f;  // 0 times -inf would be NaN
 };
 
 // Where lengths are read on the GPU (cu_seqlens_q, seqlens_k): what prepare_sequences.cuh writes.

@@ -30,14 +30,15 @@ struct Softmax {
     bool grows[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      block_max[half] = max_of_row(acc_s, half);
+      block_max[half] = quad_max(own_max_of_row(acc_s, half));
       grows[half] = exceeds_lag(block_max[half], half, scale_log2);
     }
     raise_max(acc_s, block_max, grows, scale_log2, factor_log2);
   }
 
+  // Of this thread's columns.
   template <int kN>
-  __device__ __forceinline__ static float max_of_row(const float (&acc_s)[kN][4], int half) {
+  __device__ __forceinline__ static float own_max_of_row(const float (&acc_s)[kN][4], int half) {
     // Two chains, for the latency of one is what the tensor cores wait for.
     float even = fmaxf(acc_s[0][2 * half], acc_s[0][2 * half + 1]);
     float odd = fmaxf(acc_s[1][2 * half], acc_s[1][2 * half + 1]);
@@ -46,7 +47,7 @@ struct Softmax {
       even = fmaxf(even, fmaxf(acc_s[n][2 * half], acc_s[n][2 * half + 1]));
       odd = fmaxf(odd, fmaxf(acc_s[n + 1][2 * half], acc_s[n + 1][2 * half + 1]));
     }
-    return quad_max(fmaxf(even, odd));
+    return fmaxf(even, odd);
   }
 
   __device__ __forceinline__ bool exceeds_lag(float block_max, int half, float scale_log2) const {
