@@ -42,7 +42,6 @@ inline std::string lacks(const char* name) { return std::string("has no kernels 
 // What of general attention neither v3's forward nor its backward has kernels for.
 inline std::string general_refusal(const AttentionShape& shape, const GeneralParams& general) {
   if (general.mask.data != nullptr) return lacks("attn_mask");
-  if (general.block_mask.data != nullptr) return lacks("block_mask");
   if (shape.head_dim > 128) {
     return "needs a head_dim of at most 128 in general attention, got " +
            std::to_string(shape.head_dim);
@@ -62,6 +61,7 @@ inline std::string refusal(const ForwardParams& p, int element_bytes, bool is_co
   if (!reason.empty() || !p.is_general) return reason;
   reason = general_refusal(p.shape, p.general);
   if (!reason.empty()) return reason;
+  if (p.general.block_mask.data != nullptr) return "has no kernels with block_mask";
   // The powers of softmax_scale / softcap in its polynomial would leave fp32. See Softcap.
   const double softcap = p.general.softcap;
   const double ratio = std::fabs(p.softmax_scale) / softcap;

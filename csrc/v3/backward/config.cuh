@@ -5,6 +5,7 @@
 #include "sm90/smem_tile.cuh"
 #include "v3/backward/general_params.cuh"
 #include "v3/backward/kernel_params.cuh"
+#include "v3/backward/steps.cuh"
 #include "v3/backward/workspace.h"
 
 namespace flash_ext::v3::backward {
@@ -14,8 +15,9 @@ struct alignas(16) TileWork {
   int n_block;
   int kv_head_idx;
   int batch_idx;
-  int m_begin, m_end;  // query blocks that see it
-  int is_valid;        // 0: there are no more
+  // Query blocks that see it. Of a general kernel's tile only whether there are any: see StepWork.
+  int m_begin, m_end;
+  int is_valid;  // 0: there are no more
 };
 
 // Config::kVSteps of a general kernel.
@@ -52,8 +54,9 @@ struct Config {
                                                                         : 3;
   // Registers of a thread: a launch gives every thread 65,536 / 384, rounded down to a multiple of
   // 8, and no more can be moved from the producer to the consumers.
-  static constexpr int kProducerRegisters = kVSteps == 5 ? 24 : 40;
-  static constexpr int kConsumerRegisters = kVSteps == 5 ? 240 : 232;
+  static constexpr bool kNeedsAll = kVSteps == 5 || Scores::kHasSoftcap;
+  static constexpr int kProducerRegisters = kNeedsAll ? 24 : 40;
+  static constexpr int kConsumerRegisters = kNeedsAll ? 240 : 232;
   static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= 3 * 168);
 
   using QTile = sm90::SmemTile<Element, kBlockM, kHeadDim>;
@@ -82,6 +85,7 @@ struct Config {
     sm90::RingBarriers<1> k_barriers, v_barriers, k_centred_barriers, gradient_barriers,
         dq_barriers;
     ptx::Mbarrier dq_sent;  // a tile's last dQ has left
+    StepWork steps[kIsGeneral ? StepWork::kSlots : 0];
 
     __device__ GradientTile& dv(int warpgroup_idx) {
       if constexpr (kHasGradientRoom) return gradient[warpgroup_idx];

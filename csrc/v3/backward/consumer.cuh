@@ -46,86 +46,55 @@ class Consumer {
         ds_desc_(sm90::Descriptor::k_major(smem.ds[0])),
         k_centred_desc_(sm90::Descriptor::mn_major(smem.k_centred)) {}
 
-  __device__ __forceinline__ void run() {
-    for (;; tile_at_.advance()) {
-      sm90::wait_full(smem_.tile_barriers, tile_at_);
-      if (!ptx::warp_uniform(tile().is_valid)) break;
-      compute_tile();
-      if (lane_idx_ == 0) ptx::mbarrier_arrive(smem_.tile_barriers.empty[tile_at_.stage]);
-      stage_gradient(smem_.dv(warpgroup_idx_), acc_dv_, 1.f);
-      holds_dk_ = true;
-    }
-    stage_dk();
-  }
-
- private:
+ protected:
   __device__ __forceinline__ const TileWork& tile() const { return smem_.tile[tile_at_.stage]; }
 
-  struct Step {
+  struct PlainStep {
     int row0;            // of the query block
     int key0;            // of this warpgroup
-    int first_full_row;  // query blocks from here on see all its keys; plain kernels only
+    int first_full_row;  // query blocks from here on see all its keys
     bool is_last;        // of the tile
   };
+  // What few steps need to know of themselves they read again, lest it take registers.
+  struct AnnouncedStep {
+    int seen;  // see steps.cuh
+    bool is_last;
+  };
+  using Step = std::conditional_t<Config::kIsGeneral, AnnouncedStep, PlainStep>;
 
-  __device__ __forceinline__ void compute_tile() {
-    const int first_row = ptx::warp_uniform(tile().m_begin) * kBlockM;
-    const int steps =
-        (ptx::warp_uniform(tile().m_end) - ptx::warp_uniform(tile().m_begin)) * p_.group_size;
-    clear(acc_dv_);
-    if (steps == 0) {
-      stage_dk();
-      clear(acc_dk_);
-      return;
-    }
-    const int key0 = ptx::warp_uniform(tile().n_block) * kBlockN + 64 * warpgroup_idx_;
-    const auto& mask = mask_of(p_);
-    const int first_full_row =
-        key0 + 64 <= mask.seqlen_k ? mask.row_begin(key0 + 63) : mask.seqlen_q;
-    Step step{first_row, key0, first_full_row, steps == 1};
-    const int hidden_rows = mask.row_begin(key0) - first_row;
-    constexpr int kHalf = kBlockM > 64 ? kBlockM / 2 : 0;
-    if (hidden_rows >= kBlockM) {
-      skip_first(step.is_last);
-    } else if (kHalf > 0 && hidden_rows >= kHalf) {
-      compute</*kIsFirst=*/true, kHalf>(step);
-    } else {
-      compute</*kIsFirst=*/true>(step);
-    }
-#pragma unroll 1
-    for (int i = 1; i < steps; ++i) {
-      step.row0 += kBlockM;
-      if (step.row0 >= past_last_row()) step.row0 = first_row;  // of the next head
-      step.is_last = i == steps - 1;
-      compute</*kIsFirst=*/false>(step);
-    }
-    if (lane_idx_ == 0) ptx::mbarrier_arrive(smem_.k_centred_barriers.empty[0]);
-    kv_at_.advance();
+  __device__ __forceinline__ int row0_of(const Step& step) const {
+    if constexpr (Config::kIsGeneral)
+      return announced().row0;
+    else
+      return step.row0;
+  }
+  __device__ __forceinline__ int key0_of(const Step& step) const {
+    if constexpr (Config::kIsGeneral)
+      return tile().n_block * kBlockN + 64 * warpgroup_idx_;
+    else
+      return step.key0;
+  }
+
+  __device__ __forceinline__ const StepWork& announced() const {
+    return smem_.steps[at_.stage + Config::kStages * at_.phase];
   }
 
   // Whether the step's queries see all keys of the warpgroup. Those beyond the last have weights
-  // of 0 without masking. A window has two limits, which are not kept: no register is free.
+  // of 0 without masking.
   __device__ __forceinline__ bool is_full(const Step& step) const {
-    if constexpr (!Config::kIsGeneral) return step.row0 >= step.first_full_row;
-    const auto& mask = mask_of(p_);
-    if (step.key0 + 64 > mask.seqlen_k || step.row0 < mask.row_begin(step.key0 + 63)) return false;
-    return min(step.row0 + kBlockM, mask.seqlen_q) <= mask.row_end(step.key0);
+    if constexpr (Config::kIsGeneral)
+      return (step.seen & kIsMasked) == 0;
+    else
+      return step.row0 >= step.first_full_row;
   }
 
-  // Of the steps of a head.
-  __device__ __forceinline__ int past_last_row() const {
-    if constexpr (Config::kIsGeneral) return ptx::warp_uniform(tile().m_end) * kBlockM;
-    return p_.mask.seqlen_q;
-  }
-
-  // The first step is code of its own: what it alone has to do lies in nobody else's way. The rows
-  // before kFirstRow are hidden, and not computed.
-  template <bool kIsFirst, int kFirstRow = 0>
+  // The first step is code of its own: what it alone has to do lies in nobody else's way. Of other
+  // rows than kRows from kFirstRow on nothing is seen or computed.
+  template <bool kIsFirst, int kFirstRow = 0, int kRows = kBlockM - kFirstRow>
   __device__ __forceinline__ void compute(const Step& step) {
-    constexpr int kRows = kBlockM - kFirstRow;
     float acc_s[kRows / 8][4], acc_dp[kRows / 8][4];
     uint32_t frag_p[kRows / 16][4], frag_ds[kRows / 16][4];
-    sm90::wait_full(smem_.query_barriers, at_);
+    if (!Config::kIsGeneral) sm90::wait_full(smem_.query_barriers, at_);
     if (kIsFirst) sm90::wait_full(smem_.k_barriers, kv_at_);
     ptx::wgmma_fence();
     sm90::gemm_abt<KVTile, QTile, kRows>(
@@ -142,14 +111,15 @@ class Consumer {
     if (step.is_last && lane_idx_ == 0) ptx::mbarrier_arrive(smem_.k_barriers.empty[0]);
     const float* const lse_log2 = statistics.lse_log2 + kFirstRow + first_col();
     const float* const delta = smem_.delta[at_.stage] + kFirstRow + first_col();
-    const int row0 = step.row0 + kFirstRow;
-    const float distance = first_distance(row0, step.key0);
+    const float distance = first_distance(step, kFirstRow);
     if constexpr (Scores::kHasSoftcap) {
       apply_tanh(acc_s, p_.tanh_exponent);
-      if (!is_plain) hide_scores(acc_s, p_.band, kHiddenTanh, own_key(step.key0), own_row(row0));
+      if (!is_plain) {
+        hide_scores(acc_s, p_.band, kHiddenTanh, own_key(step), own_row(step, kFirstRow));
+      }
     } else {
       if constexpr (Scores::kHasAlibi) add_alibi(acc_s, statistics.slope, distance);
-      if (!is_plain) adjust_scores(acc_s, row0, step.key0);
+      if (!is_plain) adjust_scores(acc_s, step, kFirstRow);
       recompute_p(acc_s, lse_log2, signed_scale_log2_);
       sm90::pack_operand<Element>(frag_p, acc_s);
     }
@@ -167,6 +137,10 @@ class Consumer {
     if constexpr (kFirstRow > 0) {
       const uint32_t zeros[kFirstRow / 16][4] = {};
       store_ds(zeros, 0);
+    }
+    if constexpr (kFirstRow + kRows < kBlockM) {
+      const uint32_t zeros[(kBlockM - kFirstRow - kRows) / 16][4] = {};
+      store_ds(zeros, kFirstRow + kRows);
     }
     store_ds(frag_ds, kFirstRow);
     if (kIsFirst) stage_dk();  // of the tile before
@@ -195,6 +169,18 @@ class Consumer {
     clear(acc_dk_);
     announce_ds();
     finish_step(/*is_first=*/true);
+  }
+
+  // Any later one.
+  __device__ __forceinline__ void skip(bool is_last) {
+    if (is_last && lane_idx_ == 0) {
+      ptx::mbarrier_arrive(smem_.k_barriers.empty[0]);
+      ptx::mbarrier_arrive(smem_.v_barriers.empty[0]);
+    }
+    const uint32_t frag_ds[kBlockM / 16][4] = {};
+    store_ds(frag_ds, 0);
+    announce_ds();
+    finish_step(/*is_first=*/false);
   }
 
   // The warpgroups compute the dQ of the steps in turns.
@@ -269,29 +255,31 @@ class Consumer {
     if (lane_idx_ == 0) ptx::mbarrier_arrive(smem_.k_centred_barriers.full[0]);
   }
 
-  // The first query and the first key of this thread, from those of the warpgroup.
-  __device__ __forceinline__ int own_row(int row0) const { return row0 + first_col(); }
-  __device__ __forceinline__ int own_key(int key0) const {
-    return key0 + 16 * warp_idx_ + lane_idx_ / 4;
+  // The first query and the first key of this thread.
+  __device__ __forceinline__ int own_row(const Step& step, int first_row) const {
+    return row0_of(step) + first_row + first_col();
+  }
+  __device__ __forceinline__ int own_key(const Step& step) const {
+    return key0_of(step) + 16 * warp_idx_ + lane_idx_ / 4;
   }
 
   // Of that query from that key along the diagonal, for ALiBi.
-  __device__ __forceinline__ float first_distance(int row0, int key0) const {
+  __device__ __forceinline__ float first_distance(const Step& step, int first_row) const {
     if constexpr (!Scores::kHasAlibi)
       return 0.f;
     else
-      return static_cast<float>(own_row(row0) + p_.band.diagonal - own_key(key0));
+      return static_cast<float>(own_row(step, first_row) + p_.band.diagonal - own_key(step));
   }
 
   // This thread's first column of S^T, first query of the block.
   __device__ __forceinline__ int first_col() const { return lane_idx_ % 4 * 2; }
 
   // The few scores that need more than recompute_p(), in one branch: it then schedules better.
-  // `row0`, `key0`: the first query and the first key of this warpgroup.
   template <int kN>
-  __device__ __forceinline__ void adjust_scores(float (&acc_s)[kN][4], int row0, int key0) {
-    const int row = own_row(row0);
-    mask_scores(acc_s, mask_of(p_), p_.scale.negate, own_key(key0), row);
+  __device__ __forceinline__ void adjust_scores(float (&acc_s)[kN][4], const Step& step,
+                                                int first_row) {
+    const int row = own_row(step, first_row);
+    mask_scores(acc_s, mask_of(p_), p_.scale.negate, own_key(step), row);
     const auto& statistics = smem_.statistics[at_.stage];
     if (!statistics.has_huge) return;
     const float* lse = p_.lse + int64_t{statistics.batch_head} * p_.mask.seqlen_q + row;

@@ -22,6 +22,7 @@ GeneralKernelParams make_general_params(const BackwardParams& params) {
   const BackwardWorkspace sections(params);
   GeneralKernelParams p{make_kernel_params<Config>(params)};
   p.band = general.band(general.sequences[0]);
+  p.block_mask = general.block_mask;
   p.alibi_slopes = general.alibi_slopes;
   p.sinks = general.sinks;
   p.dsink_blocks = params.general_gradients.dsinks.data != nullptr

@@ -19,9 +19,10 @@ namespace flash_ext::v3::backward {
 
 struct GeneralKernelParams : KernelParams {
   BandMask band;
-  HeadTensor alibi_slopes;  // data == nullptr: none
+  BlockMask block_mask;     // data == nullptr: none
+  HeadTensor alibi_slopes;  // likewise
   float slope_factor;       // makes a slope a bias for each key of distance
-  HeadTensor sinks;         // data == nullptr: none
+  HeadTensor sinks;         // likewise
   float* dsink_blocks;      // nullptr: not asked for. What each block of query rows adds to dsinks
   bool has_softcap;
   float tanh_exponent;  // of tanh(y) = 1 - 2 / (1 + exp2(2 y log2(e))), for a score of 1

@@ -18,6 +18,9 @@
 //   while
 //      one does, the other runs ahead into its next softmax. It leaves through shared memory.
 //
+// Of general kernels' steps (window, block_mask) the producer announces each beside its Q and dO,
+// and what of it each consumer sees: see steps.cuh. A consumer that sees nothing leaves dS = 0.
+//
 // Between two tiles nothing waits for memory. K and V of the next one arrive behind the last step;
 // dV goes to shared memory at the end of the tile and dK, for which there is no room beside it, in
 // the middle of the next tile's first step, when its registers are needed.
@@ -48,8 +51,8 @@
 //   named 1, 2                 consumers: dS is in shared memory  consumers that need it for dQ
 #pragma once
 
-#include "v3/backward/consumer.cuh"
 #include "v3/backward/producer.cuh"
+#include "v3/backward/tile_consumer.cuh"
 
 namespace flash_ext::v3::backward {
 
@@ -81,7 +84,7 @@ __global__ void __launch_bounds__(Config::kNumThreads, 1)
     if (threadIdx.x == 64) add_dq<Config>(smem, p);
   } else {
     ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
-    Consumer<Config>(smem, p, warp_idx / 4 - 1).run();
+    TileConsumer<Config>(smem, p, warp_idx / 4 - 1).run();
   }
 #endif
 }

@@ -15,6 +15,30 @@
 namespace flash_ext {
 namespace v3::backward {
 
+// Query rows that see a key, where these are few; else 0.
+inline int64_t window_rows(const BackwardParams& params) {
+  const GeneralParams& general = params.general;
+  const bool is_causal = general.causal != CausalMode::kNone;
+  if (general.window_left < 0 || (!is_causal && general.window_right < 0)) return 0;
+  const int64_t right = is_causal ? 0 : std::min(general.window_right, params.shape.seqlen_q);
+  const int64_t rows = std::min(general.window_left, params.shape.seqlen_q) + right + 1;
+  return 2 * rows <= params.shape.seqlen_q ? rows : 0;
+}
+
+// With a window a tile's first rows are some that others have had, or all tiles of a head would
+// begin with rows that nobody has read yet, and wait for memory together. So the tiles computed at
+// the same time reach no further than a window in each head; their rows should fit in L2.
+inline int64_t window_section_heads(int64_t window, int64_t num_heads, int64_t row_bytes,
+                                    int64_t num_walkers) {
+  constexpr int64_t kBytes = kSectionBytes + (8 << 20);
+  const int64_t tile_rows = num_walkers * kBackwardBlockN;
+  const int64_t wanted = (tile_rows + window - 1) / window;
+  const int64_t fitting = (kBytes / row_bytes - tile_rows) / window;
+  const int64_t most = std::max<int64_t>(1, std::min(wanted, fitting));
+  const int64_t sections = (num_heads + most - 1) / most;
+  return (num_heads + sections - 1) / sections;
+}
+
 // How many key heads make a section, whose Q, dO and accumulators of dQ should stay in L2. Heads
 // one after the other are the best for it: without a mask, where all tiles are equal, and where the
 // grid's rounds consist of whole heads, for of two rounds one gives a walker the long tiles and the
@@ -23,12 +47,16 @@ namespace v3::backward {
 template <typename Config>
 int64_t section_heads(const BackwardParams& params, int64_t num_n_blocks, int64_t num_walkers) {
   const AttentionShape& s = params.shape;
-  if (!params.deterministic && params.general.window_left >= 0) return 1;  // all are equal, too
+  constexpr int64_t kElementBytes = 2 * sizeof(typename Config::Element) + sizeof(float);
+  const int64_t row_bytes = kElementBytes * s.head_dim * s.group_size();
+  const int64_t num_heads = s.batch * s.heads_kv;
+  const int64_t window = window_rows(params);
+  if (!params.deterministic && window > 0) {
+    return window_section_heads(window, num_heads, row_bytes, num_walkers);
+  }
   if (!params.mask.is_causal && params.general.window_left < 0) return 1;
   if (!params.deterministic && num_walkers % num_n_blocks == 0) return 1;
-  constexpr int64_t kElementBytes = 2 * sizeof(typename Config::Element) + sizeof(float);
-  const int64_t head_bytes = kElementBytes * s.seqlen_q * s.head_dim * s.group_size();
-  return heads_per_section(num_n_blocks, s.batch * s.heads_kv, head_bytes, num_walkers);
+  return heads_per_section(num_n_blocks, num_heads, row_bytes * s.seqlen_q, num_walkers);
 }
 
 template <typename Config>

@@ -5,6 +5,7 @@
 #include "common/numeric.cuh"
 #include "ptx/griddepcontrol.cuh"
 #include "v3/backward/general_params.cuh"
+#include "v3/backward/steps.cuh"
 #include "v3/backward/workspace.h"
 
 namespace flash_ext::v3::backward {
@@ -36,9 +37,16 @@ __device__ __forceinline__ float element(const uint4& eight, int i) {
 }
 
 // Key blocks add to the dQ of a block of query rows in turns, which begin with the first that does.
-__device__ __forceinline__ int first_turn(const KernelParams&, int) { return 0; }
-__device__ __forceinline__ int first_turn(const GeneralKernelParams& p, int row0) {
-  return p.band.key_begin(row0) / kBackwardBlockN;
+template <int kBlockM>
+__device__ __forceinline__ int first_turn(const KernelParams&, int, int, int) {
+  return 0;
+}
+template <int kBlockM>
+__device__ __forceinline__ int first_turn(const GeneralKernelParams& p, int batch_idx, int head_idx,
+                                          int m_block) {
+  const int first = p.band.key_begin(m_block * kBlockM) / kBackwardBlockN;
+  if (p.block_mask.data == nullptr) return first;
+  return MaskGrid<kBlockM>(p).next_on(batch_idx, head_idx, m_block, first);
 }
 
 // Under a softcap none is: scores are small, and a bias is the caller's.
@@ -90,7 +98,8 @@ __device__ __forceinline__ void row_statistics(const Params& p, int64_t block) {
     p.dq_row_sum[block * (2 * kBlockM) + threadIdx.x] = 0.f;
   }
   if (p.dq_turns != nullptr && threadIdx.x < 2) {
-    p.dq_turns[2 * block + threadIdx.x] = first_turn(p, row0);
+    p.dq_turns[2 * block + threadIdx.x] =
+        first_turn<kBlockM>(p, static_cast<int>(batch_idx), static_cast<int>(head_idx), m_block);
   }
 #pragma unroll
   for (int i = 0; i < kPasses; ++i) {

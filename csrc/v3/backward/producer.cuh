@@ -37,38 +37,63 @@ class Producer {
   __device__ __forceinline__ void run() {
     bool is_valid = true;
     for (int round = 0; is_valid; ++round) {
-      const TileWork tile = announce(p_.schedule.tile(round));
+      const Tile tile = p_.schedule.tile(round);
+      if constexpr (Config::kIsGeneral) {
+        load_steps(tile);
+      } else {
+        const TileWork work =
+            announce(tile, query_blocks(p_.mask, tile.n_block * Config::kBlockN, Config::kBlockM));
+        bool is_first = true;
+        for_each_step(p_, work, [&](int head_idx, int m_block) {
+          load_step(work, head_idx, m_block, is_first);
+          is_first = false;
+        });
+      }
       is_valid = tile.is_valid;
-      bool is_first = true;
-      for_each_step(p_, tile, [&](int head_idx, int m_block) {
-        load_queries(tile, head_idx, m_block);
-        if (is_first) load_keys(tile);
-        // Last what the very first time has to wait for the preprocess kernel.
-        if (!may_read_statistics_) ptx::griddepcontrol_wait();
-        may_read_statistics_ = true;
-        if (is_first) load_key_mean(tile);
-        is_first = false;
-        load_statistics(tile, head_idx, m_block);
-        at_.advance();
-      });
     }
+    // Where a block_mask leaves no step to anybody, the postprocess kernel would come too soon.
+    if (Config::kIsGeneral && !may_read_statistics_) ptx::griddepcontrol_wait();
     ptx::griddepcontrol_launch_dependents();
   }
 
  private:
-  __device__ __forceinline__ BlockRange steps_of(const Tile& tile) const {
+  // Of a general kernel's tile. Whether there is a step, and whether it is the last, is known once
+  // the next one has been looked for.
+  __device__ __forceinline__ void load_steps(const Tile& tile) {
     const int key0 = tile.n_block * Config::kBlockN;
-    if constexpr (Config::kIsGeneral) {
-      const int last_key = min(key0 + Config::kBlockN, p_.band.seqlen_k) - 1;
-      const BlockRange blocks = query_blocks(p_.band, key0, last_key, Config::kBlockM);
-      return {blocks.begin, max(blocks.begin, blocks.end)};
-    } else {
-      return query_blocks(p_.mask, key0, Config::kBlockM);
+    const int last_key = min(key0 + Config::kBlockN, p_.band.seqlen_k) - 1;
+    BlockRange blocks = query_blocks(p_.band, key0, last_key, kBlockM);
+    if (!tile.is_valid) blocks.end = blocks.begin;
+    StepWalk<kBlockM> walk(p_, tile.batch_idx, tile.kv_head_idx, tile.n_block, blocks);
+    auto step = walk.next();
+    const TileWork work = announce(tile, {0, step.exists});
+    bool is_first = true;
+#pragma unroll 1
+    while (step.exists) {
+      const auto next = walk.next();
+      sm90::wait_empty(smem_.query_barriers, at_);
+      smem_.steps[at_.stage + Config::kStages * at_.phase] = {
+          step.flags | (next.exists ? 0 : StepWork::kIsLast), step.m_block * kBlockM,
+          row_block(p_, tile.batch_idx, step.head_idx, step.m_block)};
+      load_step(work, step.head_idx, step.m_block, is_first);
+      is_first = false;
+      step = next;
     }
   }
 
-  __device__ __forceinline__ TileWork announce(const Tile& tile) {
-    const BlockRange blocks = steps_of(tile);
+  __device__ __forceinline__ void load_step(const TileWork& tile, int head_idx, int m_block,
+                                            bool is_first) {
+    load_queries(tile, head_idx, m_block);
+    if (is_first) load_keys(tile);
+    // Last what the very first time has to wait for the preprocess kernel.
+    if (!may_read_statistics_) ptx::griddepcontrol_wait();
+    may_read_statistics_ = true;
+    if (is_first) load_key_mean(tile);
+    load_statistics(tile, head_idx, m_block);
+    at_.advance();
+  }
+
+  __device__ __forceinline__ TileWork announce(const Tile& tile, BlockRange blocks) {
     const TileWork work{tile.n_block,
                         tile.kv_head_idx,
                         tile.batch_idx,
@@ -128,22 +153,39 @@ class Producer {
   bool may_read_statistics_ = false;
 };
 
+// The key block that adds to the dQ of this block of query rows behind `n_block`.
+template <int kBlockM>
+__device__ __forceinline__ int next_turn(const KernelParams&, int64_t, int n_block) {
+  return n_block + 1;
+}
+template <int kBlockM>
+__device__ __forceinline__ int next_turn(const GeneralKernelParams& p, int64_t row_block,
+                                         int n_block) {
+  if (p.block_mask.data == nullptr) return n_block + 1;
+  const int batch_head = static_cast<int>(row_block / p.num_m_blocks);
+  const int m_block = static_cast<int>(row_block % p.num_m_blocks);
+  return MaskGrid<kBlockM>(p).next_on(batch_head / p.heads_q, batch_head % p.heads_q, m_block,
+                                      n_block + 1);
+}
+
 // By one thread: the dQ of one step after another from shared memory to the accumulator, where
 // other thread blocks add, too.
 template <typename Config>
 __device__ __forceinline__ void add_dq(typename Config::SharedStorage& smem,
-                                       const KernelParams& p) {
+                                       const typename Config::Params& p) {
   constexpr int kFloats = Config::kBlockM * Config::kHeadDim;
   const bool takes_turns = Config::kIsGeneral ? p.dq_turns != nullptr : Config::kIsDeterministic;
   sm90::RingPosition<1> dq_at;
+  sm90::RingPosition<StepWork::kSlots> step_at;
   for (sm90::RingPosition<2> at;; at.advance()) {
     sm90::wait_full(smem.tile_barriers, at);
     const TileWork tile = smem.tile[at.stage];
     if (!tile.is_valid) break;
     ptx::mbarrier_arrive(smem.tile_barriers.empty[at.stage]);
-    for_each_step(p, tile, [&](int head_idx, int m_block) {
-      const int64_t block = row_block(p, tile.batch_idx, head_idx, m_block);
+    // `row_block_of()` is asked when the step's dQ is there.
+    const auto add = [&](const auto& row_block_of) {
       sm90::wait_full(smem.dq_barriers, dq_at);
+      const int64_t block = row_block_of();
       if (takes_turns) {  // key blocks add in order
         while (ptx::load_acquire(p.dq_turns + 2 * block) < tile.n_block) {
         }
@@ -156,12 +198,29 @@ __device__ __forceinline__ void add_dq(typename Config::SharedStorage& smem,
       }
       ptx::mbarrier_arrive(smem.dq_barriers.empty[0]);
       if (takes_turns) {
+        const int turns = next_turn<Config::kBlockM>(p, block, tile.n_block) - tile.n_block;
         ptx::bulk_wait();
         ptx::fence_proxy_async_all();
-        ptx::add_release(p.dq_turns + 2 * block, 1);
+        ptx::add_release(p.dq_turns + 2 * block, turns);
       }
       dq_at.advance();
-    });
+    };
+    if constexpr (Config::kIsGeneral) {
+      bool is_last = tile.m_begin == tile.m_end;
+      while (!is_last) {
+        add([&] {
+          const StepWork& step = smem.steps[step_at.stage];
+          is_last = (step.flags & StepWork::kIsLast) != 0;
+          step_at.advance();
+          return step.row_block;
+        });
+      }
+    } else {
+      for_each_step(p, tile, [&](int head_idx, int m_block) {
+        const int64_t block = row_block(p, tile.batch_idx, head_idx, m_block);
+        add([&] { return block; });
+      });
+    }
     ptx::mbarrier_arrive(smem.dq_sent);
   }
   ptx::bulk_wait();
