@@ -86,7 +86,8 @@ GeneralKernelParams make_general_kernel_params(const ForwardParams& params,
   const SoftmaxScale scale = score_scale(params);
   const Mask lengths = Mask::make(CausalMode::kNone, s.seqlen_q, s.seqlen_k);
   return {make_kernel_params<Config>(params, lengths, scale, schedule),
-          general.band(general.sequences[0]),
+          BandMask::make(general.causal, general.window_left, general.window_right,
+                         static_cast<int>(s.seqlen_q), static_cast<int>(s.seqlen_k)),
           general.alibi_slopes,
           general.sinks,
           static_cast<float>(kLog2e / scale.log2),
