@@ -122,9 +122,9 @@ EntryTables prepare_entries(const ForwardParams& params, cudaStream_t stream) {
     constexpr int64_t kBytes = sizeof(Element);
     p.templates[2] = make(params.q, s.heads_q, kRowsPerWarpgroup, false);
     p.templates[3] = make(params.out, s.heads_q, kRowsPerWarpgroup, false);
-    p.unowned = {static_cast<char*>(params.out.data), params.out.head_stride * kBytes,
-                 params.out.row_stride * kBytes,      static_cast<int>(s.head_dim * kBytes),
-                 static_cast<float*>(params.lse),     static_cast<int>(s.heads_q)};
+    p.unowned[0] = {static_cast<char*>(params.out.data), params.out.head_stride * kBytes,
+                    params.out.row_stride * kBytes,      static_cast<int>(s.head_dim * kBytes),
+                    static_cast<float*>(params.lse),     static_cast<int>(s.heads_q)};
   }
   launch_prepare_sequences(p, general_workspace(params), params.workspace,
                            (s.seqlen_k + Config::kBlockN - 1) / Config::kBlockN, s, stream);
