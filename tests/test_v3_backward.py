@@ -234,3 +234,15 @@ def test_a_thread_whose_first_call_to_cuda_is_ours(device, algorithm, call):
     expected = run()
     with ThreadPoolExecutor(1) as thread:
         assert_same_bits(thread.submit(run).result(), expected, "another thread")
+
+
+@v3
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_keys_that_no_query_sees(device, algorithm, head_dim):
+    """Whole tiles of them between others: thread blocks that have had work, have none, and then have again."""
+    shape = Shape(4, 48, 48, 200, 1400, head_dim)
+    q, k, v, dout = make_qkv_dout(shape, BF16, device)
+    for _ in range(5):
+        *_, dk, dv = forward_backward(q, k, v, dout, causal="top_left", algorithm=algorithm)
+        assert not dk[:, :, 200:].any()
+        assert not dv[:, :, 200:].any()

@@ -234,6 +234,10 @@ __device__ __forceinline__ void add_dq(typename Config::SharedStorage& smem,
         add([&] { return block; });
       });
     }
+    // Consumers have waited for the last tile's dQ once they let go of this one. Only then may
+    // there be another phase: of two at once they would miss the first.
+    if (tile.m_begin == tile.m_end)
+      ptx::mbarrier_wait(smem.tile_barriers.empty[at.stage], at.phase);
     ptx::mbarrier_arrive(smem.dq_sent);
   }
   ptx::bulk_wait();
