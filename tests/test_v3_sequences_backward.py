@@ -235,7 +235,7 @@ def test_packed_and_padded(device, algorithm):
     ours, other = (backward(dout, *packed.qkv, out, lse, algorithm=x, **packed.lengths) for x in (algorithm, "v2"))
     for actual, expected in zip(ours[:3], other, strict=False):
         assert (actual.double() - expected.double()).norm() <= 1e-2 * expected.double().norm()
-        assert torch.equal(actual == 0, expected == 0)
+        assert torch.equal(actual.any(-1), expected.any(-1))
 
 
 @v3

@@ -26,8 +26,7 @@ __device__ __forceinline__ GeneralTileWork take_tile(const GeneralKernelParams& 
   }
   TileOrder order = p.schedule.order;
   order.tiles_per_head = *p.entries.num_tiles;
-  const unsigned index =
-      tile_index(round, static_cast<int>(blockIdx.x), p.schedule.num_walkers);
+  const unsigned index = tile_index(round, static_cast<int>(blockIdx.x), p.schedule.num_walkers);
   if (index >= static_cast<unsigned>(order.tiles_per_head * order.num_heads)) return work;
   const auto [rank, head] = order.place(static_cast<int>(index));
   const SequenceTile tile = p.entries.tiles[rank];
@@ -41,8 +40,7 @@ __device__ __forceinline__ GeneralTileWork take_tile(const GeneralKernelParams& 
   if (p.sequences.is_packed()) {
     const Sequence sequence = p.sequences[tile.batch_idx];
     work.first_row_block = first_row_block(sequence, tile.batch_idx, Config::kBlockM);
-    work.lse_begin =
-        sequence.q_begin - int64_t{tile.batch_idx} * p.heads_q * p.sequences.total_q;
+    work.lse_begin = sequence.q_begin - int64_t{tile.batch_idx} * p.heads_q * p.sequences.total_q;
   }
   return work;
 }

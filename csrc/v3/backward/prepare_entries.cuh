@@ -2,8 +2,8 @@
 // that prepares what the others read of them, and the order of the tiles that it lists.
 #pragma once
 
-#include "v3/backward/launch.cuh"
 #include "v3/backward/general_workspace.h"
+#include "v3/backward/launch.cuh"
 #include "v3/prepare_sequences.cuh"
 
 namespace flash_ext::v3::backward {
@@ -34,7 +34,7 @@ struct BackwardTiles {
 // that are not many rounds of the grid would leave thread blocks idle at their ends.
 template <typename Config>
 Schedule make_listed_schedule(const BackwardParams& params, int64_t max_tiles) {
-  constexpr int64_t kMinRounds = 16;
+  constexpr int64_t kMinRounds = 32;
   constexpr int64_t kElementBytes = 2 * sizeof(typename Config::Element) + sizeof(float);
   const AttentionShape& s = params.shape;
   const Sequences& sequences = params.general.sequences;
