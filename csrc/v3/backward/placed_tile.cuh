@@ -9,7 +9,8 @@
 namespace flash_ext::v3::backward {
 
 // The thread block's tile of this round. Where lengths are read on the GPU the list that
-// prepare_sequences.cuh has written is walked once for each key head, else as in plain calls.
+// prepare_sequences.cuh has written is walked once for each key head, else as in plain calls. It is
+// read from L2: that kernel has ended before this one began, but not by what this one waits for.
 template <typename Config>
 __device__ __forceinline__ GeneralTileWork take_tile(const GeneralKernelParams& p, int round) {
   GeneralTileWork work{};
@@ -25,11 +26,13 @@ __device__ __forceinline__ GeneralTileWork take_tile(const GeneralKernelParams& 
     return work;
   }
   TileOrder order = p.schedule.order;
-  order.tiles_per_head = *p.entries.num_tiles;
+  order.tiles_per_head = __ldcg(p.entries.num_tiles);
   const unsigned index = tile_index(round, static_cast<int>(blockIdx.x), p.schedule.num_walkers);
   if (index >= static_cast<unsigned>(order.tiles_per_head * order.num_heads)) return work;
   const auto [rank, head] = order.place(static_cast<int>(index));
-  const SequenceTile tile = p.entries.tiles[rank];
+  static_assert(sizeof(SequenceTile) == sizeof(int4));
+  const int4 listed = __ldcg(reinterpret_cast<const int4*>(p.entries.tiles) + rank);
+  const SequenceTile tile{listed.x, listed.y, listed.z, listed.w};
   work.n_block = tile.rank;
   work.kv_head_idx = head;
   work.batch_idx = tile.batch_idx;
