@@ -42,8 +42,8 @@ _SM80 = "not measured on this architecture, whose ptxas allocates a little diffe
 _GENERAL_FP32 = "dQ of general attention in fp32; not measured against a smaller tile without spills"
 _GENERAL_V3_Q = "the thread that loads Q, once a tile; not measured without"
 _V3_GENERAL = (
-    "the producer, which finds steps ahead of time, and the ends of tiles spill; steps only under a softcap at head_dim 64, "
-    "one register; not measured"
+    "the producer, which finds steps ahead of time, and the ends of tiles spill; of steps those under a softcap at "
+    "head_dim 64, one register; not measured"
 )
 
 # By (instance, architecture).
