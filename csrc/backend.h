@@ -35,6 +35,9 @@ namespace cuda_backend {
 // Whether forward() also writes the rows of packed tensors that belong to no sequence.
 bool fills_unowned_rows(Algorithm algorithm, c10::ScalarType dtype, const ForwardParams& params,
                         c10::Device device);
+// Whether backward() does.
+bool fills_unowned_rows(Algorithm algorithm, c10::ScalarType dtype, const BackwardParams& params,
+                        c10::Device device);
 // Allocate scratch and launch on the current stream of `device`.
 void forward(Algorithm algorithm, c10::ScalarType dtype, ForwardParams params, c10::Device device);
 void backward(Algorithm algorithm, c10::ScalarType dtype, BackwardParams params,

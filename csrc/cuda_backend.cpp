@@ -10,7 +10,7 @@
 #include "dispatch.h"
 #include "v1/workspace.h"
 #include "v2/splits.h"
-#include "v3/backward/workspace.h"
+#include "v3/backward/general_workspace.h"
 #include "v3/forward/general_workspace.h"
 #include "v3/forward/splits.h"
 #include "v3/refusal.h"
@@ -89,9 +89,9 @@ BackwardParams gradients_of(const ForwardParams& forward) {
 void general_backward(Algorithm algorithm, c10::ScalarType dtype, BackwardParams params,
                       c10::Device device, cudaStream_t stream) {
   const bool is_v3 = resolve(algorithm, dtype, params) == Algorithm::kV3;
-  const auto workspace = allocate_workspace(
-      is_v3 ? v3::backward_workspace_floats(params) : general_backward_workspace_floats(params),
-      device);
+  const auto workspace = allocate_workspace(is_v3 ? v3::general_backward_workspace_floats(params)
+                                                  : general_backward_workspace_floats(params),
+                                            device);
   params.workspace = workspace.mutable_data_ptr<float>();
   if (is_v3) {
     dispatch_general_backward_v3(dtype, params.shape, [&](auto element, auto head_dim) {
@@ -107,6 +107,12 @@ void general_backward(Algorithm algorithm, c10::ScalarType dtype, BackwardParams
 }  // namespace
 
 bool fills_unowned_rows(Algorithm algorithm, c10::ScalarType dtype, const ForwardParams& params,
+                        c10::Device device) {
+  const c10::cuda::CUDAGuard device_guard(device);
+  return resolve(algorithm, dtype, params) == Algorithm::kV3;
+}
+
+bool fills_unowned_rows(Algorithm algorithm, c10::ScalarType dtype, const BackwardParams& params,
                         c10::Device device) {
   const c10::cuda::CUDAGuard device_guard(device);
   return resolve(algorithm, dtype, params) == Algorithm::kV3;

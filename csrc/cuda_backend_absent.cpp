@@ -18,6 +18,10 @@ bool fills_unowned_rows(Algorithm, c10::ScalarType, const ForwardParams&, c10::D
   raise_cpu_only(device);
 }
 
+bool fills_unowned_rows(Algorithm, c10::ScalarType, const BackwardParams&, c10::Device device) {
+  raise_cpu_only(device);
+}
+
 void forward(Algorithm, c10::ScalarType, ForwardParams, c10::Device device) {
   raise_cpu_only(device);
 }

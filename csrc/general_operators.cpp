@@ -284,9 +284,10 @@ void general_backward(const c10::OperatorHandle&, Stack* stack) {
   const std::array<Tensor, 3> qkv = {in.q, in.k, in.v};
   for (int i = 0; i < 3; ++i) gradients[i] = empty_gradient(qkv[i], b.needs[i], in.q);
   const bool is_empty = b.lse.numel() == 0 || params.shape.batch == 0 || params.shape.seqlen_q == 0;
-  if (is_empty || in.is_packed()) {  // rows that belong to no sequence
+  const auto clear = [&] {
     for (int i = 0; i < 3; ++i) gradients[i].zero_();
-  }
+  };
+  if (is_empty) clear();
   const std::array<Tensor, 3> others = {in.attn_mask, in.alibi_slopes, in.sinks};
   for (int i = 0; i < 3; ++i) {
     gradients[3 + i] =
@@ -312,6 +313,10 @@ void general_backward(const c10::OperatorHandle&, Stack* stack) {
     if (is_wanted(others[2], b.needs[5])) wanted.dsinks = head_tensor(gradients[5]);
     params.deterministic =
         in.options.deterministic || at::globalContext().deterministicAlgorithms();
+    const bool fills_rows =
+        in.is_packed() && in.q.is_cuda() &&
+        cuda_backend::fills_unowned_rows(in.algorithm, in.q.scalar_type(), params, in.q.device());
+    if (in.is_packed() && !fills_rows) clear();  // rows that belong to no sequence
     if (in.q.is_cuda()) {
       cuda_backend::backward(in.algorithm, in.q.scalar_type(), params, in.q.device());
     } else {

@@ -160,20 +160,37 @@ def check_call(q, k, v, dout, dlse, features, *, algorithm="v2", causal="none", 
     return out, lse, gradients
 
 
-def check_backward(q, k, v, dout, dlse, features, *, algorithm, causal="none", scale=None, deterministic=False):
-    """The gradients of one backward operator, from the reference's out and lse. Returns (dq, dk, dv, dsinks)."""
+def exact_backward(q, k, v, dout, dlse, features, *, causal="none", scale=None):
+    """Out, lse and the gradients of q, k, v (and sinks) by the reference."""
     leaves = [x.detach().double().requires_grad_() for x in (q, k, v)]
-    has_sinks = "sinks" in features
     doubles = dict(features)
-    if has_sinks:
+    if "sinks" in features:
         doubles["sinks"] = features["sinks"].detach().double().requires_grad_()
         leaves.append(doubles["sinks"])
     exact, exact_lse = attention_reference(*leaves[:3], causal=causal_argument(causal), scale=scale, **doubles)
     loss = (exact * dout.double()).sum()
     if dlse is not None:
         loss = loss + (exact_lse.masked_fill(exact_lse.isinf(), 0) * dlse.double()).sum()
-    expected = torch.autograd.grad(loss, leaves)
-    exact, exact_lse = exact.detach(), exact_lse.detach()
+    return exact.detach(), exact_lse.detach(), torch.autograd.grad(loss, leaves)
+
+
+def check_gradients(q, k, v, dout, dlse, features, right, gradients, *, algorithm, causal="none", scale=None):
+    """Those of q, k and v, and if there is a fourth of sinks, against what exact_backward() has returned."""
+    exact, exact_lse, expected = right
+    model, bias = error_model(q, k, v, exact, exact_lse, features, causal, scale, algorithm)
+    sigmas = model.gradient_sigmas(dout, dlse, *expected[:3])
+    for name, actual, wanted, sigma in zip("qkv", gradients, expected, sigmas, strict=False):
+        assert_within(actual, wanted, sigma, f"d{name}")
+    if len(gradients) == 4:
+        dlse = torch.zeros_like(exact_lse) if dlse is None else dlse
+        check_bias_gradient("sinks", gradients[3], expected[3], model, dout, dlse, features, bias)
+
+
+def check_backward(q, k, v, dout, dlse, features, *, algorithm, causal="none", scale=None, deterministic=False):
+    """The gradients of one backward operator, from the reference's out and lse. Returns (dq, dk, dv, dsinks)."""
+    has_sinks = "sinks" in features
+    right = exact_backward(q, k, v, dout, dlse, features, causal=causal, scale=scale)
+    exact, exact_lse, _ = right
     for count in (1 << 12, 1 << 17, 1 << 20, 1 << 22):  # what results and workspaces are then taken from
         torch.full((count,), math.nan, device=q.device)
     *gradients, _, _, dsinks = torch.ops.flash_ext.general_backward(
@@ -181,13 +198,10 @@ def check_backward(q, k, v, dout, dlse, features, *, algorithm, causal="none", s
         deterministic=deterministic, needs=[True, True, True, False, False, has_sinks], **features,
     )  # fmt: skip
 
-    model, bias = error_model(q, k, v, exact, exact_lse, features, causal, scale, algorithm)
-    sigmas = model.gradient_sigmas(dout, dlse, *expected[:3])
-    for name, actual, right, sigma in zip("qkv", gradients, expected, sigmas, strict=False):
-        assert_within(actual, right, sigma, f"d{name}")
-    if has_sinks:
-        dlse = torch.zeros_like(exact_lse) if dlse is None else dlse
-        check_bias_gradient("sinks", dsinks, expected[3], model, dout, dlse, features, bias)
+    check_gradients(
+        q, k, v, dout, dlse, features, right, (*gradients, dsinks) if has_sinks else gradients,
+        algorithm=algorithm, causal=causal, scale=scale,
+    )  # fmt: skip
     return *gradients, dsinks
 
 

@@ -10,71 +10,14 @@ from calls import assert_same_bits
 from general_cases import call, check_forward, on_device
 from inputs import Shape, make_qkv
 from matrix import CAUSAL_MODES, HALF_DTYPES, dtype_name
+from sequence_cases import MALFORMED, Packed, draw_features, draw_lengths, i32, of_entry
 
 BF16 = torch.bfloat16
 NAN = math.nan
 FEATURES = ((), ("window",), ("softcap",), ("alibi",), ("sinks",), ("window", "softcap", "alibi", "sinks"))
-EDGES = (0, 0, 1, 63, 64, 65, 127, 128, 129, 191, 192, 193, 257, 385)
 
 pytestmark = pytest.mark.hopper
 v3 = pytest.mark.parametrize("algorithm", ["v3"])
-
-
-def i32(values):
-    return torch.tensor(values, dtype=torch.int32)
-
-
-def draw_lengths(rng, batch):
-    return [rng.choice([*EDGES, rng.randint(0, 700)]) for _ in range(batch)]
-
-
-def draw_features(names, rng, batch, heads):
-    features = {
-        "window": ("window", (rng.choice([-1, 0, 30, 64, 200]), rng.choice([-1, 0, 64, 128]))),
-        "softcap": ("softcap", rng.choice([2.0, 30.0])),
-        "alibi": ("alibi_slopes", torch.rand(rng.choice([(heads,), (batch, heads)])) * 0.3),
-        "sinks": ("sinks", torch.randn(heads) * 2),
-    }
-    return dict(features[name] for name in names)
-
-
-def of_entry(features, b):
-    """The arguments of a call with batch entry `b` alone."""
-    slopes = features.get("alibi_slopes")
-    if slopes is None or slopes.dim() == 1:
-        return features
-    return features | {"alibi_slopes": slopes[b : b + 1]}
-
-
-class Packed:
-    """Sequences of these lengths behind each other, `gap` rows of NaN before the first and behind the last."""
-
-    def __init__(self, lengths_q, lengths_k, heads, heads_kv, head_dim, dtype=BF16, gap=7, device="cuda"):
-        self.cu_q, self.cu_k = (
-            list(itertools.accumulate(lengths, initial=gap)) for lengths in (lengths_q, lengths_k)
-        )
-        tensors = []
-        for cu, n in ((self.cu_q, heads), (self.cu_k, heads_kv), (self.cu_k, heads_kv)):
-            x = torch.full((cu[-1] + gap, n, head_dim), NAN)
-            x[cu[0] : cu[-1]] = torch.randn(cu[-1] - cu[0], n, head_dim)
-            tensors.append(x.to(device, dtype))
-        self.qkv = tensors
-        self.lengths = {
-            "cu_seqlens_q": i32(self.cu_q).to(device),
-            "cu_seqlens_k": i32(self.cu_k).to(device),
-            "max_seqlen_q": max(1, *lengths_q),
-            "max_seqlen_k": max(1, *lengths_k),
-        }
-
-    def rows(self, b):
-        return slice(*self.cu_q[b : b + 2]), slice(*self.cu_k[b : b + 2])
-
-    def alone(self, b):
-        q_rows, k_rows = self.rows(b)
-        return [x[r].transpose(0, 1)[None] for x, r in zip(self.qkv, (q_rows, k_rows, k_rows), strict=True)]
-
-    def call(self, features, **options):
-        return call(*self.qkv, features | self.lengths, **options)
 
 
 def check_packed(packed, features, **options):
@@ -197,12 +140,6 @@ def test_packed_and_padded(device, algorithm):
         expected = call(q, k[:, :, :n], v[:, :, :n], {}, algorithm="v3" if n > 0 else "v2")
         rows, _ = packed.rows(b)
         assert_same_bits((out[rows].transpose(0, 1)[None], lse[None, :, rows]), expected, f"sequence {b}")
-
-
-MALFORMED = (
-    (0, 10, 5, 20, 30), (-7, 100, 200, 300, 400), (0, 10, 20, 30, 10**9), (2**31 - 1, -(2**31), 0, 5, 3),
-    (500, 400, 300, 200, 10), (0, 0, 0, 0, 2**31 - 1), (0, 600, 0, 600, 0),
-)  # fmt: skip
 
 
 @v3

@@ -1,6 +1,7 @@
 // The kernel that runs before v3's own where batch entries have lengths that only the GPU knows. It
-// writes what the next one reads: tensor maps of the entries and the list of tiles; and zeros where
-// no packed sequence has rows. Thread blocks share these tasks, the longest first.
+// writes what the next one reads: tensor maps of the entries, the list of tiles, and whose the
+// blocks of packed query rows are; and zeros where no packed sequence has rows. Thread blocks share
+// these tasks, the longest first.
 #pragma once
 
 #include "common/launch_kernel.cuh"
@@ -12,16 +13,39 @@
 namespace flash_ext::v3 {
 
 inline constexpr int kMaxEntryMaps = 8;
+inline constexpr int kMaxUnowned = 3;
 
 // Rows of packed results that belong to no sequence are given the value that a query without keys
-// has. data == nullptr: none are.
+// has, or a key without queries. data == nullptr: none are.
 struct UnownedRows {
+  static constexpr int kHeadsPerBlock = 4;
+
   char* data = nullptr;
   int64_t head_bytes;
   int64_t row_bytes;
   int bytes;             // of a row's elements, a multiple of 16
-  float* lse = nullptr;  // (heads, total_q)
+  float* lse = nullptr;  // (heads, total_q), where there is one
   int heads = 0;
+  bool is_of_keys = false;
+
+  FLASH_HOST_DEVICE int64_t rows(const Sequences& sequences) const {
+    return is_of_keys ? sequences.total_k : sequences.total_q;
+  }
+  FLASH_HOST_DEVICE int head_blocks() const {
+    return (heads + kHeadsPerBlock - 1) / kHeadsPerBlock;
+  }
+  FLASH_HOST_DEVICE int num_blocks(const Sequences& sequences) const {
+    const int64_t chunks = (rows(sequences) + kPrepareThreads - 1) / kPrepareThreads;
+    return data != nullptr ? static_cast<int>(chunks * head_blocks()) : 0;
+  }
+};
+
+// Whose the blocks of packed query rows are, see first_row_block(). A block of nobody has -1;
+// entries == nullptr: not asked for.
+struct RowEntries {
+  int* entries = nullptr;
+  int block_m;
+  int count;
 };
 
 template <typename TileRule>
@@ -36,8 +60,14 @@ struct PrepareParams {
   int max_tiles;
   int tile_shift;  // see list_tiles()
   int* num_tiles;
-  UnownedRows unowned;
+  UnownedRows unowned[kMaxUnowned];
+  RowEntries rows;
   int num_map_blocks;
+};
+
+struct Interval {
+  int64_t begin;
+  int64_t end;
 };
 
 struct PrepareStorage {
@@ -45,48 +75,72 @@ struct PrepareStorage {
   TileSort sort;
 };
 
-// kPrepareThreads rows of one head. Malformed lengths may leave out tiles (see list_tiles()): then
-// every row is written here, for the kernel that follows overwrites what it has tiles of.
+// By one thread block.
+template <typename TileRule>
+__device__ __forceinline__ void write_row_entries(const PrepareParams<TileRule>& p) {
+  for (int i = threadIdx.x; i < p.rows.count; i += kPrepareThreads) p.rows.entries[i] = -1;
+  __syncthreads();
+  const int lane_idx = threadIdx.x % 32;
+  for (int b = threadIdx.x / 32; b < p.batch; b += kPrepareThreads / 32) {
+    const Sequence sequence = p.sequences[b];
+    const int first = first_row_block(sequence, b, p.rows.block_m);
+    const int past = first + ceil_div(sequence.seqlen_q, p.rows.block_m);
+    for (int i = first + lane_idx; i < past; i += 32) p.rows.entries[i] = b;
+  }
+}
+
+// kPrepareThreads rows of some heads. Where sequences are not one behind the other, as only
+// malformed lengths are not, tiles may be left out (see list_tiles()) and blocks of rows be
+// another's: then every row is written here, for the kernels that follow overwrite what they have.
 template <typename TileRule>
 __device__ __forceinline__ void clear_unowned_rows(PrepareStorage& smem,
-                                                   const PrepareParams<TileRule>& p, int index) {
-  const int64_t chunk = index / p.unowned.heads;
-  const int head_idx = index % p.unowned.heads;
+                                                   const PrepareParams<TileRule>& p,
+                                                   const UnownedRows& unowned, int index) {
+  const int64_t chunk = index / unowned.head_blocks();
+  const int first_head = index % unowned.head_blocks() * UnownedRows::kHeadsPerBlock;
+  const int past_last_head = min(first_head + UnownedRows::kHeadsPerBlock, unowned.heads);
   const int64_t row0 = chunk * kPrepareThreads;
   // +1 where a sequence begins and -1 behind its end: a row's sum is how many it belongs to.
   int* const steps = smem.sort.counts;
   steps[threadIdx.x] = 0;
   __syncthreads();
-  int num_tiles = 0;
+  bool overlaps = false;
   for (int b = threadIdx.x; b < p.batch; b += kPrepareThreads) {
-    const Sequence sequence = p.sequences[b];
-    num_tiles += p.rule.num_tiles(sequence);
-    const int64_t begin = max(sequence.q_begin - row0, int64_t{0});
-    const int64_t end = max(sequence.q_begin + sequence.seqlen_q - row0, int64_t{0});
+    const auto rows_of = [&](int batch_idx) {
+      const Sequence sequence = p.sequences[batch_idx];
+      const int64_t first = unowned.is_of_keys ? sequence.k_begin : sequence.q_begin;
+      const int rows = unowned.is_of_keys ? sequence.seqlen_k : sequence.seqlen_q;
+      return Interval{first, first + rows};
+    };
+    const Interval own = rows_of(b);
+    overlaps |= b + 1 < p.batch && rows_of(b + 1).begin < own.end;
+    const int64_t begin = max(own.begin - row0, int64_t{0});
+    const int64_t end = max(own.end - row0, int64_t{0});
     if (begin >= end) continue;
     if (begin < kPrepareThreads) atomicAdd(&steps[begin], 1);
     if (end < kPrepareThreads) atomicAdd(&steps[end], -1);
   }
-  __syncthreads();
-  int total;
-  sum_before(num_tiles, smem.sort.warp_sums, &total);
-  __syncthreads();
+  overlaps = __syncthreads_or(overlaps);
   const int step = steps[threadIdx.x];
   int ignored;
   const int owners = sum_before(step, smem.sort.warp_sums, &ignored) + step;
   const int64_t row = row0 + threadIdx.x;
-  const bool clears = row < p.sequences.total_q && (owners <= 0 || total > p.max_tiles);
+  const bool clears = row < unowned.rows(p.sequences) && (owners <= 0 || overlaps);
   if (!__syncthreads_or(clears)) return;
   steps[threadIdx.x] = clears;
   __syncthreads();
-  if (clears) p.unowned.lse[head_idx * p.sequences.total_q + row] = -INFINITY;
-  const int chunks_per_row = p.unowned.bytes / 16;
-  for (int i = threadIdx.x; i < kPrepareThreads * chunks_per_row; i += kPrepareThreads) {
-    const int r = i / chunks_per_row;
-    if (!steps[r]) continue;
-    char* const to = p.unowned.data + head_idx * p.unowned.head_bytes +
-                     (row0 + r) * p.unowned.row_bytes + i % chunks_per_row * 16;
-    *reinterpret_cast<uint4*>(to) = make_uint4(0, 0, 0, 0);
+  const int chunks_per_row = unowned.bytes / 16;
+  for (int head_idx = first_head; head_idx < past_last_head; ++head_idx) {
+    if (clears && unowned.lse != nullptr) {
+      unowned.lse[head_idx * p.sequences.total_q + row] = -INFINITY;
+    }
+    for (int i = threadIdx.x; i < kPrepareThreads * chunks_per_row; i += kPrepareThreads) {
+      const int r = i / chunks_per_row;
+      if (!steps[r]) continue;
+      char* const to = unowned.data + head_idx * unowned.head_bytes +
+                       (row0 + r) * unowned.row_bytes + i % chunks_per_row * 16;
+      *reinterpret_cast<uint4*>(to) = make_uint4(0, 0, 0, 0);
+    }
   }
 }
 
@@ -108,11 +162,22 @@ __global__ void __launch_bounds__(kPrepareThreads, 1)
     const int64_t map_idx = int64_t{index} * (kPrepareThreads / 32) + warp_idx;
     if (map_idx >= int64_t{p.batch} * p.num_templates) return;
     const int64_t batch_idx = map_idx / p.num_templates;
-    write_entry_map(smem.maps[warp_idx], p.templates[map_idx - batch_idx * p.num_templates],
-                    p.sequences[batch_idx], batch_idx, p.maps + map_idx);
+    const MapTemplate& from = p.templates[map_idx - batch_idx * p.num_templates];
+    if (from.data == nullptr) return;
+    write_entry_map(smem.maps[warp_idx], from, p.sequences[batch_idx], batch_idx, p.maps + map_idx);
     return;
   }
-  clear_unowned_rows(smem, p, index - p.num_map_blocks);
+  index -= p.num_map_blocks;
+  if (p.rows.entries != nullptr && index-- == 0) {
+    write_row_entries(p);
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kMaxUnowned; ++i) {
+    const int num_blocks = p.unowned[i].num_blocks(p.sequences);
+    if (index >= 0 && index < num_blocks) clear_unowned_rows(smem, p, p.unowned[i], index);
+    index -= num_blocks;
+  }
 #endif
 }
 
@@ -131,10 +196,10 @@ void launch_prepare_sequences(PrepareParams<TileRule>& p, const SequenceWorkspac
   p.tile_shift = 0;
   while ((max_blocks_of_a_tile >> p.tile_shift) >= kPrepareThreads) ++p.tile_shift;
   p.num_map_blocks = static_cast<int>((int64_t{p.batch} * p.num_templates + kWarps - 1) / kWarps);
-  const int64_t row_chunks = (p.sequences.total_q + kPrepareThreads - 1) / kPrepareThreads;
-  const int64_t clearing = p.unowned.data != nullptr ? row_chunks * p.unowned.heads : 0;
-  launch_kernel(prepare_sequences_kernel<TileRule>, 1 + p.num_map_blocks + clearing,
-                kPrepareThreads, 0, stream, "the kernel that prepares sequences", p, shape);
+  int64_t num_blocks = 1 + p.num_map_blocks + (p.rows.entries != nullptr);
+  for (const UnownedRows& unowned : p.unowned) num_blocks += unowned.num_blocks(p.sequences);
+  launch_kernel(prepare_sequences_kernel<TileRule>, num_blocks, kPrepareThreads, 0, stream,
+                "the kernel that prepares sequences", p, shape);
 }
 
 }  // namespace flash_ext::v3

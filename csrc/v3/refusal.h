@@ -102,8 +102,13 @@ inline std::string refusal(const BackwardParams& p, int element_bytes, bool is_c
       refusal(p.shape, {{"q", p.q}, {"k", p.k}, {"v", p.v}, {"out", p.out}, {"dout", p.dout}},
               element_bytes, is_compiled_in, compute_capability);
   if (!reason.empty() || !p.is_general) return reason;
-  if (p.general.sequences.is_packed()) return lacks("cu_seqlens_q");
-  if (p.general.sequences.seqlens_k != nullptr) return lacks("seqlens_k");
+  // Thread blocks would wait for tiles that have not been dispatched.
+  if (p.deterministic && p.general.sequences.is_packed()) {
+    return "has no deterministic kernels with cu_seqlens_q";
+  }
+  if (p.deterministic && p.general.sequences.seqlens_k != nullptr) {
+    return "has no deterministic kernels with seqlens_k";
+  }
   reason = general_refusal(p.shape, p.general);
   if (!reason.empty()) return reason;
   if (p.general.mask.data != nullptr) return lacks("attn_mask");

@@ -14,6 +14,13 @@ inline bool has_own_lengths(const Sequences& sequences) {
   return sequences.is_packed() || sequences.seqlens_k != nullptr;
 }
 
+// Of packed sequences each one's blocks of query rows begin behind those of the sequences before
+// it, whose last one need not be full. For lengths that overlap this may be another's place; it is
+// never outside.
+FLASH_HOST_DEVICE int first_row_block(const Sequence& sequence, int64_t batch_idx, int block_m) {
+  return static_cast<int>(sequence.q_begin / block_m + batch_idx);
+}
+
 // The sections, as offsets in floats from an address that is a multiple of 128 bytes.
 //   maps:       (batch, maps_per_entry) tensor maps of 128 bytes
 //   tiles:      max_tiles times 16 bytes, see SequenceTile

@@ -20,6 +20,15 @@ struct alignas(16) TileWork {
   int is_valid;  // 0: there are no more
 };
 
+// Of a general kernel's, with what it needs to know of its batch entry.
+struct alignas(16) GeneralTileWork : TileWork {
+  int seqlen_q;
+  int seqlen_k;
+  int diagonal;         // of the band
+  int first_row_block;  // see first_row_block(); 0 unless packed
+  int64_t lse_begin;    // of lse's rows, behind those of (batch, head); 0 unless packed
+};
+
 // Config::kVSteps of a general kernel.
 template <typename Scores>
 inline constexpr int general_v_steps(int head_dim) {
@@ -35,6 +44,7 @@ struct Config {
   using Scores = Scores_;
   using Params = typename Scores::Params;
   static constexpr bool kIsGeneral = backward::kIsGeneral<Params>;
+  using Work = std::conditional_t<kIsGeneral, GeneralTileWork, TileWork>;
   static constexpr bool kIsDeterministic = kIsDeterministic_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kBlockM = backward_block_m(kHeadDim);
@@ -79,7 +89,7 @@ struct Config {
     RowStatistics<kBlockM> statistics[kStages];
     alignas(16) float delta[kStages][kBlockM];
     alignas(16) float key_mean[kHeadDim];
-    TileWork tile[2];
+    Work tile[2];
     sm90::RingBarriers<2> tile_barriers;
     sm90::RingBarriers<kStages> query_barriers;  // Q, dO and both statistics
     sm90::RingBarriers<1> k_barriers, v_barriers, k_centred_barriers, gradient_barriers,

@@ -47,7 +47,9 @@ class Consumer {
         k_centred_desc_(sm90::Descriptor::mn_major(smem.k_centred)) {}
 
  protected:
-  __device__ __forceinline__ const TileWork& tile() const { return smem_.tile[tile_at_.stage]; }
+  __device__ __forceinline__ const typename Config::Work& tile() const {
+    return smem_.tile[tile_at_.stage];
+  }
 
   struct PlainStep {
     int row0;            // of the query block
@@ -115,7 +117,8 @@ class Consumer {
     if constexpr (Scores::kHasSoftcap) {
       apply_tanh(acc_s, p_.tanh_exponent);
       if (!is_plain) {
-        hide_scores(acc_s, p_.band, kHiddenTanh, own_key(step), own_row(step, kFirstRow));
+        hide_scores(acc_s, mask_of(p_, tile()), kHiddenTanh, own_key(step),
+                    own_row(step, kFirstRow));
       }
     } else {
       if constexpr (Scores::kHasAlibi) add_alibi(acc_s, statistics.slope, distance);
@@ -268,7 +271,7 @@ class Consumer {
     if constexpr (!Scores::kHasAlibi)
       return 0.f;
     else
-      return static_cast<float>(own_row(step, first_row) + p_.band.diagonal - own_key(step));
+      return static_cast<float>(own_row(step, first_row) + tile().diagonal - own_key(step));
   }
 
   // This thread's first column of S^T, first query of the block.
@@ -279,11 +282,12 @@ class Consumer {
   __device__ __forceinline__ void adjust_scores(float (&acc_s)[kN][4], const Step& step,
                                                 int first_row) {
     const int row = own_row(step, first_row);
-    mask_scores(acc_s, mask_of(p_), p_.scale.negate, own_key(step), row);
+    const auto& mask = mask_of(p_, tile());
+    mask_scores(acc_s, mask, p_.scale.negate, own_key(step), row);
     const auto& statistics = smem_.statistics[at_.stage];
     if (!statistics.has_huge) return;
-    const float* lse = p_.lse + int64_t{statistics.batch_head} * p_.mask.seqlen_q + row;
-    subtract_huge_lse(acc_s, lse, p_.mask.seqlen_q - row, signed_scale_log2_,
+    const float* lse = lse_of(p_, tile(), statistics.batch_head) + row;
+    subtract_huge_lse(acc_s, lse, mask.seqlen_q - row, signed_scale_log2_,
                       p_.scale.negate ? -p_.scale.natural : p_.scale.natural);
   }
 

@@ -1,10 +1,12 @@
-// Host side of the v3 backward with window, softcap, ALiBi and sinks.
+// Host side of the v3 backward beyond plain attention: window, softcap, ALiBi, sinks, packed
+// sequences and seqlens_k.
 #pragma once
 
 #include <cmath>
 
 #include "v3/backward/dsinks.cuh"
 #include "v3/backward/launch.cuh"
+#include "v3/backward/prepare_entries.cuh"
 
 namespace flash_ext {
 namespace v3::backward {
@@ -19,9 +21,26 @@ inline BackwardParams without_band(BackwardParams params) {
 template <typename Config>
 GeneralKernelParams make_general_params(const BackwardParams& params) {
   const GeneralParams& general = params.general;
-  const BackwardWorkspace sections(params);
+  const AttentionShape& s = params.shape;
+  const Sequences& sequences = general.sequences;
+  const GeneralBackwardWorkspace workspace(params);
+  const BackwardWorkspace& sections = workspace.rows;
   GeneralKernelParams p{make_kernel_params<Config>(params)};
-  p.band = general.band(general.sequences[0]);
+  p.sequences = sequences;
+  p.is_top_left = general.causal == CausalMode::kTopLeft;
+  p.num_key_heads = static_cast<int>(s.batch * s.heads_kv);
+  p.lse_stride = sequences.is_packed() ? sequences.total_q : s.seqlen_q;
+  if (sequences.is_packed()) {
+    p.num_m_blocks = static_cast<int>(sections.num_m_blocks);
+    p.delta = params.workspace + sections.delta;
+    p.key_mean = params.workspace + workspace.key_mean;
+    if (p.dq_accum != nullptr) p.dq_accum = params.workspace + sections.dq_accum;
+  }
+  if (has_own_lengths(sequences)) {
+    p.schedule = make_listed_schedule<Config>(params, workspace.entries.max_tiles);
+  }
+  p.band = BandMask::make(general.causal, general.window_left, general.window_right,
+                          static_cast<int>(s.seqlen_q), static_cast<int>(s.seqlen_k));
   p.block_mask = general.block_mask;
   p.alibi_slopes = general.alibi_slopes;
   p.sinks = general.sinks;
@@ -43,12 +62,17 @@ template <typename Element, int kHeadDim, bool kHasSoftcap, bool kHasAlibi>
 void launch_general(const BackwardParams& params, cudaStream_t stream) {
   using Main =
       Config<Element, kHeadDim, /*kIsDeterministic=*/false, GeneralScores<kHasSoftcap, kHasAlibi>>;
-  const GeneralKernelParams p = make_general_params<Main>(params);
-  launch_kernels<Main>(params, p, backward_kernel<Main>, stream);
+  GeneralKernelParams p = make_general_params<Main>(params);
+  const bool has_own_lengths = v3::has_own_lengths(p.sequences);
+  if (has_own_lengths) prepare_entries<Main>(params, &p, stream);
+  const int64_t batch_of_rows = p.sequences.is_packed() ? 1 : params.shape.batch;
+  launch_kernels<Main>(params, p, backward_kernel<Main>, stream, p.num_key_heads,
+                       batch_of_rows * p.heads_q * p.num_m_blocks,
+                       has_own_lengths ? Overlap::kPrevious : Overlap::kNone);
   const HeadTensor& dsinks = params.general_gradients.dsinks;
   if (dsinks.data == nullptr) return;
   const AttentionShape& s = params.shape;
-  const DsinksParams sum{p.dsink_blocks, dsinks, static_cast<int>(s.batch), p.heads_q,
+  const DsinksParams sum{p.dsink_blocks, dsinks, static_cast<int>(batch_of_rows), p.heads_q,
                          p.num_m_blocks};
   launch_kernel(dsinks_kernel<kDsinksThreads>, s.heads_q, kDsinksThreads, 0, stream,
                 "the v3 backward's dsinks kernel", sum, s);

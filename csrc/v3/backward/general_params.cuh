@@ -1,4 +1,5 @@
-// What the v3 backward needs to know of window, softcap, ALiBi and sinks (common/general.h).
+// What the v3 backward needs to know of window, softcap, ALiBi, sinks, packed sequences and
+// seqlens_k (common/general.h).
 //
 // The main kernel computes weights as exp2(x * scale.log2 - L), with x as the products Q K^T come.
 // A bias is added in units of x, so that the exponent stays one FMA. The softcap makes x the tanh
@@ -14,8 +15,19 @@
 
 #include "common/general.h"
 #include "v3/backward/kernel_params.cuh"
+#include "v3/sequence_tiles.cuh"
 
 namespace flash_ext::v3::backward {
+
+// Where lengths are read on the GPU (cu_seqlens_q, seqlens_k): what prepare_sequences.cuh writes,
+// see GeneralBackwardWorkspace. Otherwise maps == nullptr.
+struct EntryTables {
+  const CUtensorMap* maps = nullptr;  // (batch, maps_per_entry)
+  int maps_per_entry = 0;
+  const SequenceTile* tiles = nullptr;
+  const int* num_tiles = nullptr;
+  const int* row_entries = nullptr;
+};
 
 struct GeneralKernelParams : KernelParams {
   BandMask band;
@@ -26,6 +38,11 @@ struct GeneralKernelParams : KernelParams {
   float* dsink_blocks;      // nullptr: not asked for. What each block of query rows adds to dsinks
   bool has_softcap;
   float tanh_exponent;  // of tanh(y) = 1 - 2 / (1 + exp2(2 y log2(e))), for a score of 1
+  Sequences sequences;
+  EntryTables entries;
+  bool is_top_left;    // the band's diagonal begins in that corner, whatever the lengths
+  int num_key_heads;   // of all batch entries
+  int64_t lse_stride;  // of lse from head to head
 };
 
 template <typename Params>
@@ -46,8 +63,30 @@ struct GeneralScores {
   static constexpr bool kHasAlibi = kHasAlibi_;
 };
 
-__device__ __forceinline__ const Mask& mask_of(const KernelParams& p) { return p.mask; }
-__device__ __forceinline__ const BandMask& mask_of(const GeneralKernelParams& p) { return p.band; }
+// `tile`: as it is announced.
+template <typename Work>
+__device__ __forceinline__ const Mask& mask_of(const KernelParams& p, const Work&) {
+  return p.mask;
+}
+template <typename Work>
+__device__ __forceinline__ BandMask mask_of(const GeneralKernelParams& p, const Work& tile) {
+  BandMask band = p.band;
+  band.seqlen_q = tile.seqlen_q;
+  band.seqlen_k = tile.seqlen_k;
+  band.diagonal = tile.diagonal;
+  return band;
+}
+
+// The first of lse's rows.
+template <typename Work>
+__device__ __forceinline__ const float* lse_of(const KernelParams& p, const Work&, int batch_head) {
+  return p.lse + int64_t{batch_head} * p.mask.seqlen_q;
+}
+template <typename Work>
+__device__ __forceinline__ const float* lse_of(const GeneralKernelParams& p, const Work& tile,
+                                               int batch_head) {
+  return p.lse + tile.lse_begin + batch_head * p.lse_stride;
+}
 
 __device__ __forceinline__ constexpr bool has_sinks(const KernelParams&) { return false; }
 __device__ __forceinline__ bool has_sinks(const GeneralKernelParams& p) {

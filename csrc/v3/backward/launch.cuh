@@ -121,18 +121,19 @@ KernelParams make_kernel_params(const BackwardParams& params) {
                           : nullptr};
 }
 
+// `key_heads`, `row_blocks`: of all batch entries. `overlap`: of the first one, with what is
+// before.
 template <typename Config, typename Params>
 void launch_kernels(const BackwardParams& params, const Params& p, void (*main_kernel)(Params),
-                    cudaStream_t stream) {
+                    cudaStream_t stream, int64_t key_heads, int64_t row_blocks, Overlap overlap) {
   using Element = typename Config::Element;
   constexpr int kHeadDim = Config::kHeadDim;
   constexpr int kBlockM = Config::kBlockM;
   static_assert(kBlockM == backward_block_m(kHeadDim));
   const AttentionShape& s = params.shape;
-  const int64_t row_blocks = s.batch * s.heads_q * p.num_m_blocks;
-  launch_kernel(preprocess_kernel<Element, kHeadDim, kBlockM, Params>,
-                s.batch * s.heads_kv + row_blocks, kPreprocessThreads, 0, stream,
-                "the v3 backward's preprocess kernel", p, s);
+  launch_kernel(preprocess_kernel<Element, kHeadDim, kBlockM, Params>, key_heads + row_blocks,
+                kPreprocessThreads, 0, stream, "the v3 backward's preprocess kernel", p, s,
+                overlap);
   launch_kernel(main_kernel, int64_t{p.schedule.num_walkers} * Config::kClusterSize,
                 Config::kNumThreads, sizeof(typename Config::SharedStorage), stream,
                 "the v3 backward's main kernel", p, s, Overlap::kPrevious);
@@ -140,6 +141,15 @@ void launch_kernels(const BackwardParams& params, const Params& p, void (*main_k
   launch_kernel(postprocess_kernel<Element, kHeadDim, kBlockM, Params>,
                 row_blocks * (kBlockM / 64) * (kHeadDim / 64), kPostprocessThreads, 0, stream,
                 "the v3 backward's postprocess kernel", p, s, Overlap::kPrevious);
+}
+
+template <typename Config>
+void launch_plain_kernels(const BackwardParams& params, void (*main_kernel)(KernelParams),
+                          cudaStream_t stream) {
+  const AttentionShape& s = params.shape;
+  const KernelParams p = make_kernel_params<Config>(params);
+  launch_kernels<Config>(params, p, main_kernel, stream, s.batch * s.heads_kv,
+                         s.batch * s.heads_q * p.num_m_blocks, Overlap::kNone);
 }
 
 }  // namespace v3::backward
@@ -151,14 +161,14 @@ void launch_backward_v3(const BackwardParams& params, CudaStream stream) {
   using namespace v3::backward;
   if constexpr (kHeadDim == 256) {
     using Main = PairConfig<Element>;
-    launch_kernels<Main>(params, make_kernel_params<Main>(params), pair_kernel<Main>, stream);
+    launch_plain_kernels<Main>(params, pair_kernel<Main>, stream);
   } else {
     if (params.deterministic && params.dq.data != nullptr) {
       using Main = Config<Element, kHeadDim, /*kIsDeterministic=*/true>;
-      launch_kernels<Main>(params, make_kernel_params<Main>(params), backward_kernel<Main>, stream);
+      launch_plain_kernels<Main>(params, backward_kernel<Main>, stream);
     } else {
       using Main = Config<Element, kHeadDim, /*kIsDeterministic=*/false>;
-      launch_kernels<Main>(params, make_kernel_params<Main>(params), backward_kernel<Main>, stream);
+      launch_plain_kernels<Main>(params, backward_kernel<Main>, stream);
     }
   }
 }

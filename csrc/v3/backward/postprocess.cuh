@@ -4,7 +4,7 @@
 #include "common/centred_keys.cuh"
 #include "ptx/griddepcontrol.cuh"
 #include "sm90/store_rows.cuh"
-#include "v3/backward/general_params.cuh"
+#include "v3/backward/row_blocks.cuh"
 
 namespace flash_ext::v3::backward {
 
@@ -21,14 +21,14 @@ __global__ void __launch_bounds__(kPostprocessThreads)
   const unsigned block = gridDim.x - 1 - blockIdx.x;
   const int col0 = static_cast<int>(block % kPieces) * kCols;
   const int64_t rows64 = block / kPieces;
-  const int64_t rows64_per_head = int64_t{p.num_m_blocks} * (kBlockM / 64);
-  const int64_t batch_head = rows64 / rows64_per_head;
-  const int row0 = static_cast<int>(rows64 % rows64_per_head) * 64 + threadIdx.x / 32 * 16;
-  const int batch_idx = static_cast<int>(batch_head / p.heads_q);
-  const int head_idx = static_cast<int>(batch_head % p.heads_q);
+  if constexpr (kIsGeneral<Params>) ptx::griddepcontrol_wait();
+  const BlockRows rows = rows_of_64<kBlockM>(p, rows64);
+  const int row0 = rows.row0 + threadIdx.x / 32 * 16;
+  const int batch_idx = static_cast<int>(rows.batch_idx);
+  const int head_idx = static_cast<int>(rows.head_idx);
   const int lane_idx = threadIdx.x % 32;
 
-  ptx::griddepcontrol_wait();
+  if constexpr (!kIsGeneral<Params>) ptx::griddepcontrol_wait();
   float acc_dq[kTilesN][4];
   const float* accum = p.dq_accum + rows64 * (64 * kHeadDim);
 #pragma unroll
@@ -50,10 +50,10 @@ __global__ void __launch_bounds__(kPostprocessThreads)
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = row0 + lane_idx / 4 + 8 * half;
-      const int64_t at = batch_head * p.mask.seqlen_q + row;
-      const bool has_dlse = p.dlse != nullptr && row < p.mask.seqlen_q && p.lse[at] != -INFINITY;
+      const int64_t at = rows.lse_begin + row;
+      const bool has_dlse = p.dlse != nullptr && row < rows.seqlen_q && p.lse[at] != -INFINITY;
       float missing = has_dlse ? p.dlse[at] : 0.f;
-      if (has_sinks(p) && row < p.mask.seqlen_q) {
+      if (has_sinks(p) && row < rows.seqlen_q) {
         missing += sink_weight(p, head_idx, p.lse[at]) * p.delta[rows64 * 64 + row % 64];
       }
       if (p.dq_row_sum != nullptr) {
@@ -68,9 +68,9 @@ __global__ void __launch_bounds__(kPostprocessThreads)
       }
     }
   }
-  Element* dq = static_cast<Element*>(p.dq.data) + batch_idx * p.dq.batch_stride +
-                head_idx * p.dq.head_stride + row0 * p.dq.row_stride + col0;
-  sm90::store_rows(dq, p.dq.row_stride, p.mask.seqlen_q - row0, p.head_dim - col0, acc_dq,
+  Element* dq = static_cast<Element*>(p.dq.data) + rows.tensor_batch_idx * p.dq.batch_stride +
+                head_idx * p.dq.head_stride + (rows.first_row + row0) * p.dq.row_stride + col0;
+  sm90::store_rows(dq, p.dq.row_stride, rows.seqlen_q - row0, p.head_dim - col0, acc_dq,
                    p.softmax_scale / kKeyScale, lane_idx);
 }
 

@@ -4,7 +4,7 @@
 
 #include "common/numeric.cuh"
 #include "ptx/griddepcontrol.cuh"
-#include "v3/backward/general_params.cuh"
+#include "v3/backward/row_blocks.cuh"
 #include "v3/backward/steps.cuh"
 #include "v3/backward/workspace.h"
 
@@ -61,27 +61,25 @@ __device__ __forceinline__ void row_statistics(const Params& p, int64_t block) {
   constexpr int kThreadsPerRow = kHeadDim / 8;
   constexpr int kRowsPerPass = kPreprocessThreads / kThreadsPerRow;
   constexpr int kPasses = kBlockM / kRowsPerPass;
-  const int m_block = static_cast<int>(block % p.num_m_blocks);
-  const int64_t batch_head = block / p.num_m_blocks;
-  const int64_t batch_idx = batch_head / p.heads_q;
-  const int64_t head_idx = batch_head % p.heads_q;
-  const int row0 = m_block * kBlockM;
+  const BlockRows rows = rows_of_block<kBlockM>(p, block);
+  const int row0 = rows.row0;
   const int col = threadIdx.x % kThreadsPerRow * 8;
   const int row_in_pass = threadIdx.x / kThreadsPerRow;
   __shared__ float row_sums[kBlockM];
 
   // Everything is asked for first; elements, since as floats they would leave room for fewer warps.
   const int own_row = row0 + threadIdx.x;
-  const int64_t at = batch_head * p.mask.seqlen_q + own_row;
-  const bool owns_row = threadIdx.x < kBlockM && own_row < p.mask.seqlen_q;
+  const int64_t at = rows.lse_begin + own_row;
+  const bool owns_row = threadIdx.x < kBlockM && own_row < rows.seqlen_q;
   const float lse = owns_row ? p.lse[at] : -INFINITY;
   const float dlse = owns_row && p.dlse != nullptr ? p.dlse[at] : 0.f;
   uint4 o[kPasses], d[kPasses];
-  const Element* o_row = row_of<Element>(p.out, batch_idx, head_idx, row0 + row_in_pass);
-  const Element* d_row = row_of<Element>(p.dout, batch_idx, head_idx, row0 + row_in_pass);
+  const int64_t first_row = rows.first_row + row0 + row_in_pass;
+  const Element* o_row = row_of<Element>(p.out, rows.tensor_batch_idx, rows.head_idx, first_row);
+  const Element* d_row = row_of<Element>(p.dout, rows.tensor_batch_idx, rows.head_idx, first_row);
 #pragma unroll
   for (int i = 0; i < kPasses; ++i) {
-    const bool is_row = row0 + i * kRowsPerPass + row_in_pass < p.mask.seqlen_q;
+    const bool is_row = row0 + i * kRowsPerPass + row_in_pass < rows.seqlen_q;
     o[i] = load_eight(o_row, col, is_row ? p.head_dim : 0);
     d[i] = load_eight(d_row, col, is_row ? p.head_dim : 0);
     o_row += kRowsPerPass * p.out.row_stride;
@@ -98,8 +96,8 @@ __device__ __forceinline__ void row_statistics(const Params& p, int64_t block) {
     p.dq_row_sum[block * (2 * kBlockM) + threadIdx.x] = 0.f;
   }
   if (p.dq_turns != nullptr && threadIdx.x < 2) {
-    p.dq_turns[2 * block + threadIdx.x] =
-        first_turn<kBlockM>(p, static_cast<int>(batch_idx), static_cast<int>(head_idx), m_block);
+    p.dq_turns[2 * block + threadIdx.x] = first_turn<kBlockM>(
+        p, static_cast<int>(rows.batch_idx), static_cast<int>(rows.head_idx), row0 / kBlockM);
   }
 #pragma unroll
   for (int i = 0; i < kPasses; ++i) {
@@ -121,19 +119,19 @@ __device__ __forceinline__ void row_statistics(const Params& p, int64_t block) {
     statistics.lse_log2[threadIdx.x] = (is_huge ? 0.f : backward_lse_log2(lse)) -
                                        static_cast<float>(kWeightShift<Element, kHeadDim>);
     if constexpr (kIsGeneral<Params>) {
-      const float weight = owns_row ? sink_weight(p, static_cast<int>(head_idx), lse) : 0.f;
+      const float weight = owns_row ? sink_weight(p, static_cast<int>(rows.head_idx), lse) : 0.f;
       row_sums[threadIdx.x] = -weight * delta;
     }
   }
   if (threadIdx.x == 0) {
     statistics.has_huge = has_huge;
-    statistics.batch_head = static_cast<int>(batch_head);
+    statistics.batch_head = static_cast<int>(rows.batch_idx * p.heads_q + rows.head_idx);
     statistics.row0 = row0;
   }
   if constexpr (kIsGeneral<Params>) {
     if (threadIdx.x == 0 && p.alibi_slopes.data != nullptr) {
-      statistics.slope =
-          p.slope_factor * p.alibi_slopes.template at<const float>(batch_idx, head_idx)[0];
+      statistics.slope = p.slope_factor *
+                         p.alibi_slopes.template at<const float>(rows.batch_idx, rows.head_idx)[0];
     }
     if (p.dsink_blocks == nullptr) return;
     __syncthreads();
@@ -167,10 +165,11 @@ __device__ __forceinline__ void key_mean(const Params& p, int batch_kv_head) {
   }
   const int col = threadIdx.x % kThreadsPerRow * 8;
   const int row_in_pass = threadIdx.x / kThreadsPerRow;
+  const HeadKeys keys = keys_of(p, batch_kv_head / p.heads_kv);
   const Element* k =
-      row_of<Element>(p.k, batch_kv_head / p.heads_kv, batch_kv_head % p.heads_kv, 0);
-  const int step = max(ceil_div(p.mask.seqlen_k, kMeanRows), p.mask.seqlen_k < kManyKeys ? 1 : 2);
-  const int num_rows = ceil_div(p.mask.seqlen_k, step);
+      row_of<Element>(p.k, keys.tensor_batch_idx, batch_kv_head % p.heads_kv, keys.first_row);
+  const int step = max(ceil_div(keys.seqlen_k, kMeanRows), keys.seqlen_k < kManyKeys ? 1 : 2);
+  const int num_rows = ceil_div(keys.seqlen_k, step);
   float sum[8] = {}, sum_of_squares[8] = {};
 #pragma unroll 4
   for (int i = row_in_pass; i < num_rows; i += kRowsPerPass) {
@@ -194,8 +193,9 @@ __device__ __forceinline__ void key_mean(const Params& p, int batch_kv_head) {
     total[0] += partial[0][i][threadIdx.x];
     total[1] += partial[1][i][threadIdx.x];
   }
-  const float mean = total[0] / static_cast<float>(num_rows);
-  const float mean_of_squares = total[1] / static_cast<float>(num_rows);
+  const auto divisor = static_cast<float>(kIsGeneral<Params> ? max(num_rows, 1) : num_rows);
+  const float mean = total[0] / divisor;
+  const float mean_of_squares = total[1] / divisor;
   const bool is_small = mean * mean <= kSmallMean * kSmallMean * mean_of_squares;
   p.key_mean[int64_t{batch_kv_head} * kHeadDim + threadIdx.x] =
       is_small ? 0.f : to_float(from_float<Element>(mean));
@@ -206,8 +206,10 @@ __device__ __forceinline__ void key_mean(const Params& p, int batch_kv_head) {
 template <typename Element, int kHeadDim, int kBlockM, typename Params>
 __global__ void __launch_bounds__(kPreprocessThreads)
     preprocess_kernel(const __grid_constant__ Params p) {
+  // For the kernel that prepares sequences. What it wrote the main kernel then sees from the start.
+  if constexpr (kIsGeneral<Params>) ptx::griddepcontrol_wait();
   ptx::griddepcontrol_launch_dependents();
-  const unsigned key_heads = p.schedule.order.num_heads;
+  const unsigned key_heads = num_key_heads(p);
   if (blockIdx.x < key_heads) {
     key_mean<Element, kHeadDim>(p, static_cast<int>(blockIdx.x));
   } else {

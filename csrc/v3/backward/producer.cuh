@@ -7,6 +7,7 @@
 #include "ptx/griddepcontrol.cuh"
 #include "sm90/copy_tile.cuh"
 #include "v3/backward/config.cuh"
+#include "v3/backward/placed_tile.cuh"
 
 namespace flash_ext::v3::backward {
 
@@ -28,6 +29,7 @@ class Producer {
   using SharedStorage = typename Config::SharedStorage;
   using QTile = typename Config::QTile;
   using Params = typename Config::Params;
+  using Work = typename Config::Work;
   static constexpr int kBlockM = Config::kBlockM;
 
  public:
@@ -37,10 +39,12 @@ class Producer {
   __device__ __forceinline__ void run() {
     bool is_valid = true;
     for (int round = 0; is_valid; ++round) {
-      const Tile tile = p_.schedule.tile(round);
       if constexpr (Config::kIsGeneral) {
+        const Work tile = take_tile<Config>(p_, round);
         load_steps(tile);
+        is_valid = tile.is_valid;
       } else {
+        const Tile tile = p_.schedule.tile(round);
         const TileWork work =
             announce(tile, query_blocks(p_.mask, tile.n_block * Config::kBlockN, Config::kBlockM));
         bool is_first = true;
@@ -48,8 +52,8 @@ class Producer {
           load_step(work, head_idx, m_block, is_first);
           is_first = false;
         });
+        is_valid = tile.is_valid;
       }
-      is_valid = tile.is_valid;
     }
     // Where a block_mask leaves no step to anybody, the postprocess kernel would come too soon.
     if (Config::kIsGeneral && !may_read_statistics_) ptx::griddepcontrol_wait();
@@ -59,14 +63,17 @@ class Producer {
  private:
   // Of a general kernel's tile. Whether there is a step, and whether it is the last, is known once
   // the next one has been looked for.
-  __device__ __forceinline__ void load_steps(const Tile& tile) {
+  __device__ __forceinline__ void load_steps(Work tile) {
     const int key0 = tile.n_block * Config::kBlockN;
-    const int last_key = min(key0 + Config::kBlockN, p_.band.seqlen_k) - 1;
-    BlockRange blocks = query_blocks(p_.band, key0, last_key, kBlockM);
-    if (!tile.is_valid) blocks.end = blocks.begin;
-    StepWalk<kBlockM> walk(p_, tile.batch_idx, tile.kv_head_idx, tile.n_block, blocks);
+    const BandMask band = mask_of(p_, tile);
+    const int last_key = min(key0 + Config::kBlockN, band.seqlen_k) - 1;
+    BlockRange blocks = query_blocks(band, key0, last_key, kBlockM);
+    if (!tile.is_valid || last_key < key0) blocks.end = blocks.begin;
+    StepWalk<kBlockM> walk(p_, band, tile.batch_idx, tile.kv_head_idx, tile.n_block, blocks);
     auto step = walk.next();
-    const TileWork work = announce(tile, {0, step.exists});
+    tile.m_end = step.exists;
+    announce(tile);
+    if (step.exists) acquire_inputs(p_, tile.batch_idx);
     bool is_first = true;
 #pragma unroll 1
     while (step.exists) {
@@ -74,14 +81,14 @@ class Producer {
       sm90::wait_empty(smem_.query_barriers, at_);
       smem_.steps[at_.stage + Config::kStages * at_.phase] = {
           step.flags | (next.exists ? 0 : StepWork::kIsLast), step.m_block * kBlockM,
-          row_block(p_, tile.batch_idx, step.head_idx, step.m_block)};
-      load_step(work, step.head_idx, step.m_block, is_first);
+          row_block_of(p_, tile, step.head_idx, step.m_block)};
+      load_step(tile, step.head_idx, step.m_block, is_first);
       is_first = false;
       step = next;
     }
   }
 
-  __device__ __forceinline__ void load_step(const TileWork& tile, int head_idx, int m_block,
+  __device__ __forceinline__ void load_step(const Work& tile, int head_idx, int m_block,
                                             bool is_first) {
     load_queries(tile, head_idx, m_block);
     if (is_first) load_keys(tile);
@@ -100,32 +107,38 @@ class Producer {
                         blocks.begin,
                         tile.is_valid ? blocks.end : blocks.begin,
                         tile.is_valid};
+    announce(work);
+    return work;
+  }
+
+  __device__ __forceinline__ void announce(const Work& work) {
     sm90::wait_empty(smem_.tile_barriers, tile_at_);
     smem_.tile[tile_at_.stage] = work;
     ptx::mbarrier_arrive(smem_.tile_barriers.full[tile_at_.stage]);
     tile_at_.advance();
-    return work;
   }
 
-  __device__ __forceinline__ void load_queries(const TileWork& tile, int head_idx, int m_block) {
+  __device__ __forceinline__ void load_queries(const Work& tile, int head_idx, int m_block) {
     constexpr int kStatisticsBytes = sizeof(smem_.statistics[0]) + sizeof(smem_.delta[0]);
-    const sm90::TileCoords from{m_block * kBlockM, head_idx, tile.batch_idx};
+    const EntryMaps maps = query_maps(p_, tile);
+    const sm90::TileCoords from{m_block * kBlockM, head_idx, maps.batch_idx};
     auto& full = smem_.query_barriers.full[at_.stage];
     sm90::wait_empty(smem_.query_barriers, at_);
     ptx::mbarrier_arrive_expect_tx(full, 2 * QTile::kBytes + kStatisticsBytes);
-    sm90::load_slabs(smem_.q[at_.stage], p_.q_map, full, from);
-    sm90::load_slabs(smem_.dout[at_.stage], p_.dout_map, full, from);
+    sm90::load_slabs(smem_.q[at_.stage], maps.first, full, from);
+    sm90::load_slabs(smem_.dout[at_.stage], maps.second, full, from);
   }
 
-  __device__ __forceinline__ void load_keys(const TileWork& tile) {
-    const sm90::TileCoords from{tile.n_block * Config::kBlockN, tile.kv_head_idx, tile.batch_idx};
+  __device__ __forceinline__ void load_keys(const Work& tile) {
+    const EntryMaps maps = key_maps(p_, tile);
+    const sm90::TileCoords from{tile.n_block * Config::kBlockN, tile.kv_head_idx, maps.batch_idx};
     sm90::wait_empty(smem_.k_barriers, kv_at_);
     ptx::mbarrier_arrive_expect_tx(
         smem_.k_barriers.full[0],
         Config::KVTile::kBytes + static_cast<int>(sizeof(smem_.key_mean)));
-    sm90::load_slabs(smem_.k, p_.k_map, smem_.k_barriers.full[0], from);
+    sm90::load_slabs(smem_.k, maps.first, smem_.k_barriers.full[0], from);
     sm90::wait_empty(smem_.v_barriers, kv_at_);
-    sm90::load_tile(smem_.v, p_.v_map, smem_.v_barriers.full[0], from);
+    sm90::load_tile(smem_.v, maps.second, smem_.v_barriers.full[0], from);
     kv_at_.advance();
   }
 
@@ -135,8 +148,8 @@ class Producer {
                    smem_.k_barriers.full[0]);
   }
 
-  __device__ __forceinline__ void load_statistics(const TileWork& tile, int head_idx, int m_block) {
-    const int64_t block = row_block(p_, tile.batch_idx, head_idx, m_block);
+  __device__ __forceinline__ void load_statistics(const Work& tile, int head_idx, int m_block) {
+    const int64_t block = row_block_of(p_, tile, head_idx, m_block);
     auto& full = smem_.query_barriers.full[at_.stage];
     ptx::bulk_load(&smem_.statistics[at_.stage],
                    reinterpret_cast<const RowStatistics<kBlockM>*>(p_.row_statistics) + block,
@@ -233,20 +246,22 @@ __device__ __forceinline__ void add_dq(typename Config::SharedStorage& smem,
 // By one thread: each tile's dV and then its dK, to which its keys' rows belong.
 template <typename Config>
 __device__ __forceinline__ void send_gradients(typename Config::SharedStorage& smem,
-                                               const KernelParams& p) {
+                                               const typename Config::Params& p) {
   sm90::RingPosition<1> gradient_at;
   for (sm90::RingPosition<2> at;; at.advance()) {
     sm90::wait_full(smem.tile_barriers, at);
     const TileWork tile = smem.tile[at.stage];
     if (!tile.is_valid) break;
     ptx::mbarrier_arrive(smem.tile_barriers.empty[at.stage]);
+    acquire_gradients(p, tile.batch_idx);
     for (const bool is_dv : {true, false}) {
       sm90::wait_full(smem.gradient_barriers, gradient_at);
       if ((is_dv ? p.dv : p.dk).data != nullptr) {
         const int key0 = tile.n_block * Config::kBlockN;
+        const EntryMaps maps = gradient_maps(p, tile);
         for (int part = 0; part < Config::kConsumers; ++part) {
-          sm90::store_slabs(is_dv ? smem.dv(part) : smem.dk(part), is_dv ? p.dv_map : p.dk_map,
-                            {key0 + 64 * part, tile.kv_head_idx, tile.batch_idx});
+          sm90::store_slabs(is_dv ? smem.dv(part) : smem.dk(part), is_dv ? maps.second : maps.first,
+                            {key0 + 64 * part, tile.kv_head_idx, maps.batch_idx});
         }
         ptx::tma_store_commit_group();
         ptx::tma_store_wait_read();

@@ -128,14 +128,15 @@ class StepWalk {
 
  public:
   // `blocks`: of query rows, those that the band leaves.
-  __device__ __forceinline__ StepWalk(const GeneralKernelParams& p, int batch_idx, int kv_head_idx,
-                                      int n_block, BlockRange blocks)
+  __device__ __forceinline__ StepWalk(const GeneralKernelParams& p, const BandMask& band,
+                                      int batch_idx, int kv_head_idx, int n_block,
+                                      BlockRange blocks)
       : p_(p),
         grid_(p),
         batch_idx_(batch_idx),
         n_block_(n_block),
         blocks_(blocks),
-        rows_{{p.band, n_block * kBackwardBlockN}, {p.band, n_block * kBackwardBlockN + 64}},
+        rows_{{band, n_block * kBackwardBlockN}, {band, n_block * kBackwardBlockN + 64}},
         past_last_head_((kv_head_idx + 1) * p.group_size),
         head_idx_(blocks.begin < blocks.end ? kv_head_idx * p.group_size : past_last_head_),
         m_block_(blocks.begin) {}

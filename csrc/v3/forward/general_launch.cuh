@@ -119,10 +119,9 @@ GeneralKernelParams make_general_kernel_params(const ForwardParams& params,
   const GeneralParams& general = params.general;
   const SoftmaxScale scale = score_scale(params);
   const Mask lengths = Mask::make(CausalMode::kNone, s.seqlen_q, s.seqlen_k);
-  // Lengths of batch entries are the GPU's to read.
-  const Sequence longest{0, 0, static_cast<int>(s.seqlen_q), static_cast<int>(s.seqlen_k)};
   return {make_kernel_params<Config>(params, lengths, scale, schedule),
-          general.band(longest),
+          BandMask::make(general.causal, general.window_left, general.window_right,
+                         static_cast<int>(s.seqlen_q), static_cast<int>(s.seqlen_k)),
           general.alibi_slopes,
           general.sinks,
           static_cast<float>(kLog2e / scale.log2),
@@ -158,9 +157,9 @@ EntryTables prepare_entries(const ForwardParams& params, cudaStream_t stream) {
     constexpr int64_t kBytes = sizeof(Element);
     p.templates[2] = make(params.q, s.heads_q, kRowsPerWarpgroup, false);
     p.templates[3] = make(params.out, s.heads_q, kRowsPerWarpgroup, false);
-    p.unowned = {static_cast<char*>(params.out.data), params.out.head_stride * kBytes,
-                 params.out.row_stride * kBytes,      static_cast<int>(s.head_dim * kBytes),
-                 static_cast<float*>(params.lse),     static_cast<int>(s.heads_q)};
+    p.unowned[0] = {static_cast<char*>(params.out.data), params.out.head_stride * kBytes,
+                    params.out.row_stride * kBytes,      static_cast<int>(s.head_dim * kBytes),
+                    static_cast<float*>(params.lse),     static_cast<int>(s.heads_q)};
   }
   launch_prepare_sequences(p, general_workspace(params), params.workspace,
                            (s.seqlen_k + Config::kBlockN - 1) / Config::kBlockN, s, stream);
