@@ -6,6 +6,7 @@
 #include <string>
 
 #include "params.h"
+#include "v3/sequence_workspace.h"
 
 namespace flash_ext::v3 {
 
@@ -42,7 +43,6 @@ inline std::string lacks(const char* name) { return std::string("has no kernels 
 // What of general attention neither v3's forward nor its backward has kernels for.
 inline std::string general_refusal(const AttentionShape& shape, const GeneralParams& general) {
   if (general.mask.data != nullptr) return lacks("attn_mask");
-  if (general.block_mask.data != nullptr) return lacks("block_mask");
   if (shape.head_dim > 128) {
     return "needs a head_dim of at most 128 in general attention, got " +
            std::to_string(shape.head_dim);
@@ -62,6 +62,12 @@ inline std::string refusal(const ForwardParams& p, int element_bytes, bool is_co
   if (!reason.empty() || !p.is_general) return reason;
   reason = general_refusal(p.shape, p.general);
   if (!reason.empty()) return reason;
+  if (p.general.block_mask.data != nullptr) {
+    if (p.general.dropout.rng_state != nullptr) return lacks("block_mask and dropout_p together");
+    if (has_own_lengths(p.general.sequences)) {
+      return lacks("block_mask and lengths of batch entries together");
+    }
+  }
   // The powers of softmax_scale / softcap in its polynomial would leave fp32. See Softcap.
   const double softcap = p.general.softcap;
   const double ratio = std::fabs(p.softmax_scale) / softcap;
@@ -87,6 +93,7 @@ inline std::string refusal(const BackwardParams& p, int element_bytes, bool is_c
   if (p.general.sequences.seqlens_k != nullptr) return lacks("seqlens_k");
   reason = general_refusal(p.shape, p.general);
   if (!reason.empty()) return reason;
+  if (p.general.block_mask.data != nullptr) return lacks("block_mask");
   if (p.general.dropout.rng_state != nullptr) return lacks("dropout_p");
   if (p.general_gradients.dslopes.data != nullptr) {
     return lacks("the gradient of alibi_slopes");

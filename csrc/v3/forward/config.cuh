@@ -36,6 +36,7 @@ enum class Variant {
   kSplit,    // the keys are split, see splits.h
   kGeneral,  // see general_scores.cuh and sequence_maps.cuh
   kDropout,  // the same with dropout
+  kSparse,   // the same under a block_mask
 };
 
 // H200, bf16, 16k tokens, over cuDNN (v3_tuning.json). d=64: 1.21 at 4k and 1.12 at 512 keys, where
@@ -50,6 +51,9 @@ template <>
 struct TileShape<64, Variant::kPlain> : Shape<3, 128, 4, 4, 2, 0> {};
 template <>
 struct TileShape<64, Variant::kShort> : Shape<4, 64, 8, 8, 2, 0> {};
+// Warpgroups see different blocks, and would wait for one another's turns.
+template <>
+struct TileShape<64, Variant::kSparse> : Shape<3, 128, 4, 4, 2, 0, Turns::kFirstBlock> {};
 template <>
 struct TileShape<96, Variant::kPlain> : Shape<2, 128, 2, 2, 2, 2> {};
 template <>
@@ -59,6 +63,13 @@ struct TileShape<192, Variant::kPlain> : Shape<2, 96, 2, 2, 1, 1> {};
 template <>
 struct TileShape<256, Variant::kPlain> : Shape<2, 64, 2, 2, 1, 0> {};
 
+// What the block in each K buffer is, see sparse_producer.cuh.
+template <int kStages>
+struct BlockNotes {
+  int of[kStages];
+};
+struct NoNotes {};
+
 template <typename Element_, int kHeadDim_, Variant kVariant>
 struct Config : TileShape<kHeadDim_, kVariant> {
   using Element = Element_;
@@ -67,7 +78,8 @@ struct Config : TileShape<kHeadDim_, kVariant> {
   static constexpr bool kHalvesFirst = kVariant == Variant::kHalves;
   static constexpr bool kSplitsKeys = kVariant == Variant::kSplit;
   static constexpr bool kDropsOut = kVariant == Variant::kDropout;
-  static constexpr bool kIsGeneral = kVariant == Variant::kGeneral || kDropsOut;
+  static constexpr bool kIsSparse = kVariant == Variant::kSparse;
+  static constexpr bool kIsGeneral = kVariant == Variant::kGeneral || kDropsOut || kIsSparse;
   using Params = std::conditional_t<kIsGeneral, GeneralKernelParams, KernelParams>;
   using Tile = std::conditional_t<kIsGeneral, PlacedTile, forward::Tile>;
   // How much of a block is drawn while S is computed: where registers are left for it.
@@ -102,6 +114,7 @@ struct Config : TileShape<kHeadDim_, kVariant> {
     sm90::RingBarriers<Base::kQBuffers> q_barriers[Base::kConsumers];
     WarpgroupTile tile[Base::kQBuffers][Base::kConsumers];  // what the Q beside it belongs to
     float never_written;                                    // see pin_before_wait()
+    std::conditional_t<kIsSparse, BlockNotes<Base::kKStages>, NoNotes> k_notes;
   };
   // A warpgroup waits for its turn before it lets go of blocks that others skip before theirs.
   static_assert((Base::kConsumers - 1) * kRowsPerWarpgroup <=

@@ -15,6 +15,7 @@ namespace flash_ext::v3::forward {
 
 template <typename Config>
 class Consumer {
+ protected:
   using Element = typename Config::Element;
   using QTile = typename Config::QTile;
   using KVTile = typename Config::KVTile;
@@ -56,7 +57,7 @@ class Consumer {
     }
   }
 
- private:
+ protected:
   // What is held in registers of a tile; the rest stays in shared memory until its Q is released.
   struct Work {
     int q_stage;
@@ -243,8 +244,8 @@ class Consumer {
   // general calls find out themselves.
   template <int kN>
   __device__ __forceinline__ void finish_scores(float (&acc_s)[kN][4], const Work& work,
-                                                int n_block, bool is_edge) {
-    const int col0 = n_block * kBlockN + lane_idx_ % 4 * 2;
+                                                int n_block, bool is_edge, int first_key = 0) {
+    const int col0 = n_block * kBlockN + first_key + lane_idx_ % 4 * 2;
     const auto row0 = [&] { return tile_of(work).row0 + 16 * warp_idx_ + lane_idx_ / 4; };
     if constexpr (Config::kIsGeneral) {
       softmax_.finish_scores(acc_s, p_, tile_of(work).slope,

@@ -1,5 +1,5 @@
 // Host side of the v3 forward beyond plain attention: window, softcap, ALiBi, sinks, dropout,
-// packed sequences and seqlens_k.
+// packed sequences, seqlens_k and block_mask.
 #pragma once
 
 #include "v3/forward/general_workspace.h"
@@ -95,6 +95,7 @@ GeneralKernelParams make_general_kernel_params(const ForwardParams& params,
           KernelDropout(general.dropout),
           general.sequences,
           EntryTables{},
+          general.block_mask,
           general.causal == CausalMode::kTopLeft};
 }
 
@@ -135,6 +136,9 @@ template <typename Element, int kHeadDim, typename Function>
 auto with_general_config(const ForwardParams& params, Function&& f) {
   if (params.general.dropout.rng_state != nullptr) {
     return f(Config<Element, kHeadDim, Variant::kDropout>());
+  }
+  if (params.general.block_mask.data != nullptr) {
+    return f(Config<Element, kHeadDim, Variant::kSparse>());
   }
   return f(Config<Element, kHeadDim, Variant::kGeneral>());
 }

@@ -50,6 +50,7 @@
 #include "ptx/griddepcontrol.cuh"
 #include "v3/forward/consumer.cuh"
 #include "v3/forward/producer.cuh"
+#include "v3/forward/sparse_consumer.cuh"
 
 namespace flash_ext::v3::forward {
 
@@ -71,11 +72,17 @@ __global__ void __launch_bounds__(Config::kNumThreads, 1)
   const int warpgroup_idx = ptx::warp_uniform(threadIdx.x / 128);
   if (warpgroup_idx == 0) {
     ptx::setmaxnreg_dec<Config::kProducerRegisters>();
-    if (threadIdx.x == 0) produce_kv<Config>(smem, p);
+    if constexpr (Config::kIsSparse) {
+      if (threadIdx.x < 32) produce_sparse_kv<Config>(smem, p);
+    } else {
+      if (threadIdx.x == 0) produce_kv<Config>(smem, p);
+    }
     if (threadIdx.x == 32) produce_q<Config>(smem, p);
   } else {
     ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
-    Consumer<Config>(smem, p, warpgroup_idx - 1).run();
+    using ConsumerType =
+        std::conditional_t<Config::kIsSparse, SparseConsumer<Config>, Consumer<Config>>;
+    ConsumerType(smem, p, warpgroup_idx - 1).run();
   }
 #endif
 }

@@ -100,6 +100,7 @@ struct GeneralKernelParams : KernelParams {
   KernelDropout dropout;
   Sequences sequences;
   EntryTables entries;
+  BlockMask block_mask;
   bool is_top_left = false;  // the band's diagonal begins in that corner, whatever the lengths
 };
 
