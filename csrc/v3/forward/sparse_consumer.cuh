@@ -14,14 +14,14 @@ class SparseConsumer : public Consumer<Config> {
   using QTile = typename Config::QTile;
   using KVTile = typename Config::KVTile;
   using HalfTile = sm90::SmemTile<Element, Config::kBlockN / 2, Config::kHeadDim>;
-  using typename Base::Softmax;
-  using typename Base::Work;
   using Base::acc_o_;
   using Base::frag_p_;
   using Base::k_at_;
   using Base::smem_;
   using Base::softmax_;
   using Base::v_at_;
+  using typename Base::Softmax;
+  using typename Base::Work;
   static constexpr int kBlockN = Config::kBlockN;
   static constexpr int kTilesN = kBlockN / 8;
   static constexpr bool kTurnEveryBlock = Config::kTurns == Turns::kEveryBlock;
@@ -170,8 +170,8 @@ class SparseConsumer : public Consumer<Config> {
   }
 
   __device__ __forceinline__ void issue_product(Work& work) {
-    sm90::gemm_ab<KVTile>(acc_o_, frag_p_,
-                          this->v_desc_.template tile<KVTile>(product_at_.stage), work.accumulates);
+    sm90::gemm_ab<KVTile>(acc_o_, frag_p_, this->v_desc_.template tile<KVTile>(product_at_.stage),
+                          work.accumulates);
     work.accumulates = true;
   }
   __device__ __forceinline__ void finish_product(Work& work) {

@@ -68,8 +68,7 @@ class SparseWalk {
     const BandMask band = band_of(*p_, tile);
     const int shift = 31 - __clz(mask.block_size);
     const bool is_fine = mask.block_size < Config::kBlockN;
-    const bool has_second =
-        !is_fine || n_block * Config::kBlockN + mask.block_size < band.seqlen_k;
+    const bool has_second = !is_fine || n_block * Config::kBlockN + mask.block_size < band.seqlen_k;
     const int first_block = n_block * Config::kBlockN >> shift;
     const int second_block = first_block + (is_fine && has_second ? 1 : 0);
     bool is_on[Config::kConsumers][2];
