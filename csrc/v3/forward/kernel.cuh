@@ -39,6 +39,11 @@
 // General calls with lengths that the GPU reads have tiles and tensor maps from
 // prepare_sequences.cuh. Only the producer's two threads ask for them.
 //
+// Under a block_mask the K/V thread announces each block beside the buffer it loads K to, and which
+// warpgroups see it (sparse_producer.cuh). The others pass over it: they let go of K and V at once,
+// while the P V of the block that they saw last may still be to come (sparse_consumer.cuh). Turns
+// are for a tile's first block alone, whoever sees it.
+//
 // Budget at                    d=64      d=64, short  d=128     d=256
 //   consumers x keys           3 x 128   4 x 64       2 x 128   2 x 64
 //   Q, K, V in shared memory   48+64+64  64+64+64     64+64+64  64+64+64 KB
