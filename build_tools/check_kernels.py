@@ -40,7 +40,7 @@ _V3_128 = (
 )
 _SM80 = "not measured on this architecture, whose ptxas allocates a little differently; none on sm_90a"
 _GENERAL_FP32 = "dQ of general attention in fp32; not measured against a smaller tile without spills"
-_GENERAL_V3_Q = "the producer: the thread that loads Q, once a tile, the warp that walks a block_mask; not measured without"
+_GENERAL_V3_Q = "the producer: who loads Q, once a tile, and who walks a block_mask; not measured without"
 _TANH_64 = "dK and dV under a softcap; around the tanh, 14 registers once a step; not measured without"
 
 # By (instance, architecture).
