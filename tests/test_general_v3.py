@@ -142,7 +142,6 @@ def test_neighbours_are_not_read(device, algorithm):
 
 REFUSED = {
     "attn_mask": {"attn_mask": torch.zeros(10, 12)},
-    "block_mask": {"block_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool)},
     "a softcap of 1e-4 to 1e4": {"softcap": 1e6},
 }
 

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "params.h"
+#include "v3/sequence_workspace.h"
 
 namespace flash_ext::v3 {
 
@@ -80,7 +81,13 @@ inline std::string refusal(const ForwardParams& p, int element_bytes, bool is_co
   reason = general_refusal(p.shape, p.general);
   if (reason.empty()) reason = mask_refusal(p.shape, p.general);
   if (!reason.empty()) return reason;
-  if (p.general.block_mask.data != nullptr) return "has no kernels with block_mask";
+  if (p.general.block_mask.data != nullptr) {
+    if (p.general.mask.data != nullptr) return lacks("block_mask and attn_mask together");
+    if (p.general.dropout.rng_state != nullptr) return lacks("block_mask and dropout_p together");
+    if (has_own_lengths(p.general.sequences)) {
+      return lacks("block_mask and lengths of batch entries together");
+    }
+  }
   // The powers of softmax_scale / softcap in its polynomial would leave fp32. See Softcap.
   const double softcap = p.general.softcap;
   const double ratio = std::fabs(p.softmax_scale) / softcap;

@@ -43,6 +43,8 @@ enum class Variant {
   kBoolMask,
   kFloatMaskDropout,
   kBoolMaskDropout,
+  kSparse,        // the same under a block_mask
+  kBiasedSparse,  // and with softcap or alibi_slopes
 };
 
 // H200, bf16, 16k tokens, over cuDNN (v3_tuning.json). d=64: 1.21 at 4k and 1.12 at 512 keys, where
@@ -62,6 +64,11 @@ template <>
 struct TileShape<64, Variant::kFloatMaskDropout> : Shape<2, 128, 4, 4, 2, 2> {};
 template <>
 struct TileShape<64, Variant::kBoolMaskDropout> : Shape<2, 128, 4, 4, 2, 2> {};
+// Warpgroups see different blocks, and would wait for one another's turns.
+template <>
+struct TileShape<64, Variant::kSparse> : Shape<3, 128, 4, 4, 2, 0, Turns::kFirstBlock> {};
+template <>
+struct TileShape<64, Variant::kBiasedSparse> : TileShape<64, Variant::kSparse> {};
 template <>
 struct TileShape<96, Variant::kPlain> : Shape<2, 128, 2, 2, 2, 2> {};
 template <>
@@ -70,6 +77,13 @@ template <>
 struct TileShape<192, Variant::kPlain> : Shape<2, 96, 2, 2, 1, 1> {};
 template <>
 struct TileShape<256, Variant::kPlain> : Shape<2, 64, 2, 2, 1, 0> {};
+
+// What the block in each K buffer is, see sparse_producer.cuh.
+template <int kStages>
+struct BlockNotes {
+  int of[kStages];
+};
+struct NoNotes {};
 
 template <typename Element_, int kHeadDim_, Variant kVariant>
 struct Config : TileShape<kHeadDim_, kVariant> {
@@ -85,14 +99,17 @@ struct Config : TileShape<kHeadDim_, kVariant> {
   static constexpr bool kDropsOut = kVariant == Variant::kDropout ||
                                     kVariant == Variant::kFloatMaskDropout ||
                                     kVariant == Variant::kBoolMaskDropout;
+  static constexpr bool kIsSparse =
+      kVariant == Variant::kSparse || kVariant == Variant::kBiasedSparse;
   static constexpr bool kIsGeneral = kVariant == Variant::kGeneral ||
                                      kVariant == Variant::kSoftcap || kAddsMask || kHidesByMask ||
-                                     kDropsOut;
+                                     kDropsOut || kIsSparse;
   static constexpr InExponents kInExponents = kVariant == Variant::kGeneral ? InExponents::kAlibi
                                               : kVariant == Variant::kSoftcap
                                                   ? InExponents::kSoftcap
                                                   : InExponents::kNone;
-  static constexpr bool kMayCap = kVariant != Variant::kGeneral;
+  static constexpr bool kMayCap = kVariant != Variant::kGeneral && kVariant != Variant::kSparse;
+  static constexpr bool kMayHaveAlibi = kVariant != Variant::kSparse;
   using Softmax = std::conditional_t<kIsGeneral, GeneralSoftmax<kInExponents>, forward::Softmax>;
   using Params = std::conditional_t<kIsGeneral, GeneralKernelParams, KernelParams>;
   using Tile = std::conditional_t<kIsGeneral, PlacedTile, forward::Tile>;
@@ -129,6 +146,7 @@ struct Config : TileShape<kHeadDim_, kVariant> {
     sm90::RingBarriers<Base::kQBuffers> q_barriers[Base::kConsumers];
     WarpgroupTile tile[Base::kQBuffers][Base::kConsumers];  // what the Q beside it belongs to
     float never_written;                                    // see pin_before_wait()
+    std::conditional_t<kIsSparse, BlockNotes<Base::kKStages>, NoNotes> k_notes;
   };
   // A warpgroup waits for its turn before it lets go of blocks that others skip before theirs.
   static_assert((Base::kConsumers - 1) * kRowsPerWarpgroup <=

@@ -12,6 +12,7 @@ namespace flash_ext::v3::forward {
 
 template <typename Config>
 class Consumer {
+ protected:
   using Element = typename Config::Element;
   using QTile = typename Config::QTile;
   using KVTile = typename Config::KVTile;
@@ -53,7 +54,7 @@ class Consumer {
     }
   }
 
- private:
+ protected:
   // What is held in registers of a tile; the rest stays in shared memory until its Q is released.
   struct Work {
     int q_stage;
@@ -239,13 +240,13 @@ class Consumer {
   // general calls find out themselves.
   template <int kN>
   __device__ __forceinline__ void finish_scores(float (&acc_s)[kN][4], const Work& work,
-                                                int n_block, bool is_edge) {
-    const int col0 = n_block * kBlockN + lane_idx_ % 4 * 2;
+                                                int n_block, bool is_edge, int first_key = 0) {
+    const int col0 = n_block * kBlockN + first_key + lane_idx_ % 4 * 2;
     const auto row0 = [&] { return tile_of(work).row0 + 16 * warp_idx_ + lane_idx_ / 4; };
     if constexpr (Config::kIsGeneral) {
       if (Config::kMayCap && p_.softcap.is_on) softmax_.cap_scores(acc_s, p_.softcap);
       attn_mask_.apply(acc_s, tile_of(work), n_block > work.begin, n_block - 1);
-      if (p_.alibi_slopes.data != nullptr) {
+      if (Config::kMayHaveAlibi && p_.alibi_slopes.data != nullptr) {
         softmax_.add_alibi(acc_s, tile_of(work).slope, row0() + tile_of(work).diagonal - col0);
       }
       if (n_block >= work.full_end) hide_keys_behind(acc_s, band_of(work), row0(), col0);

@@ -131,6 +131,7 @@ GeneralKernelParams make_general_kernel_params(const ForwardParams& params,
           make_kernel_mask<Config>(params),
           general.sequences,
           EntryTables{},
+          general.block_mask,
           general.causal == CausalMode::kTopLeft};
 }
 
@@ -179,7 +180,14 @@ auto with_general_config(const ForwardParams& params, Function&& f) {
     return f(Config<Element, kHeadDim, Variant::kBoolMask>());
   }
   if (drops_out) return f(Config<Element, kHeadDim, Variant::kDropout>());
-  if (params.general.softcap > 0.0) return f(Config<Element, kHeadDim, Variant::kSoftcap>());
+  const bool caps = params.general.softcap > 0.0;
+  if (params.general.block_mask.data != nullptr) {
+    if (caps || params.general.alibi_slopes.data != nullptr) {
+      return f(Config<Element, kHeadDim, Variant::kBiasedSparse>());
+    }
+    return f(Config<Element, kHeadDim, Variant::kSparse>());
+  }
+  if (caps) return f(Config<Element, kHeadDim, Variant::kSoftcap>());
   return f(Config<Element, kHeadDim, Variant::kGeneral>());
 }
 

@@ -39,6 +39,11 @@
 // General calls with lengths that the GPU reads have tiles and tensor maps from
 // prepare_sequences.cuh. Only the producer's two threads ask for them.
 //
+// Under a block_mask the K/V thread announces each block beside the buffer it loads K to, and which
+// warpgroups see it (sparse_producer.cuh). The others pass over it: they let go of K and V at once,
+// while the P V of the block that they saw last may still be to come (sparse_consumer.cuh). Turns
+// are for a tile's first block alone, whoever sees it.
+//
 // Budget at                    d=64      d=64, short  d=128     d=256
 //   consumers x keys           3 x 128   4 x 64       2 x 128   2 x 64
 //   Q, K, V in shared memory   48+64+64  64+64+64     64+64+64  64+64+64 KB
@@ -50,6 +55,7 @@
 #include "ptx/griddepcontrol.cuh"
 #include "v3/forward/consumer.cuh"
 #include "v3/forward/producer.cuh"
+#include "v3/forward/sparse_consumer.cuh"
 
 namespace flash_ext::v3::forward {
 
@@ -72,11 +78,17 @@ __global__ void __launch_bounds__(Config::kNumThreads, 1)
   const int warpgroup_idx = ptx::warp_uniform(threadIdx.x / 128);
   if (warpgroup_idx == 0) {
     ptx::setmaxnreg_dec<Config::kProducerRegisters>();
-    if (threadIdx.x == 0) produce_kv<Config>(smem, p);
+    if constexpr (Config::kIsSparse) {
+      if (threadIdx.x < 32) produce_sparse_kv<Config>(smem, p);
+    } else {
+      if (threadIdx.x == 0) produce_kv<Config>(smem, p);
+    }
     if (threadIdx.x == 32) produce_q<Config>(smem, p);
   } else {
     ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
-    Consumer<Config>(smem, p, warpgroup_idx - 1).run();
+    using ConsumerType =
+        std::conditional_t<Config::kIsSparse, SparseConsumer<Config>, Consumer<Config>>;
+    ConsumerType(smem, p, warpgroup_idx - 1).run();
   }
 #endif
 }

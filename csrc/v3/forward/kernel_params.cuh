@@ -109,6 +109,7 @@ struct GeneralKernelParams : KernelParams {
   KernelMask attn_mask;
   Sequences sequences;
   EntryTables entries;
+  BlockMask block_mask;
   bool is_top_left = false;  // the band's diagonal begins in that corner, whatever the lengths
 };
 
