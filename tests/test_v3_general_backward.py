@@ -108,7 +108,6 @@ def test_only_wanted_gradients_are_computed(device, algorithm, head_dim, needs):
 
 REFUSED = {
     "attn_mask": ({"attn_mask": (1, 1, 70, 90)}, "attn_mask"),
-    "dropout": ({"dropout_p": 0.5}, "dropout_p"),
     "block_mask": ({"block_mask": (1, 1, 1, 1)}, "block_mask"),
     "seqlens_k": ({"seqlens_k": None}, "seqlens_k"),
     "dslopes": ({"alibi_slopes": (4,)}, "the gradient of alibi_slopes"),
@@ -127,8 +126,6 @@ def test_refused(case):
         else x
         for name, x in arguments.items()
     }
-    if case == "dropout":
-        options["rng_state"] = torch.tensor([1, 2], device="cuda")
     if case == "seqlens_k":
         options["seqlens_k"] = torch.tensor([50, 90], dtype=torch.int32, device="cuda")
     q, k, v, dout = make_qkv_dout(Shape(2, 4, 2, 70, 90, 64), torch.bfloat16, "cuda")

@@ -37,14 +37,14 @@ inline std::string refusal(const AttentionShape& shape, std::initializer_list<In
   return {};
 }
 
+inline std::string lacks(const std::string& name) { return "has no kernels with " + name; }
+
 // What of general attention neither v3's forward nor its backward has kernels for.
 inline std::string general_refusal(const AttentionShape& shape, const GeneralParams& general) {
-  const auto lacks = [](const char* name) { return std::string("has no kernels with ") + name; };
   if (general.sequences.is_packed()) return lacks("cu_seqlens_q");
   if (general.sequences.seqlens_k != nullptr) return lacks("seqlens_k");
   if (general.mask.data != nullptr) return lacks("attn_mask");
   if (general.block_mask.data != nullptr) return lacks("block_mask");
-  if (general.dropout.rng_state != nullptr) return lacks("dropout_p");
   if (shape.head_dim > 128) {
     return "needs a head_dim of at most 128 with window, softcap, alibi_slopes or sinks, got " +
            std::to_string(shape.head_dim);
@@ -60,6 +60,7 @@ inline std::string refusal(const ForwardParams& p, int element_bytes, bool is_co
   if (!reason.empty() || !p.is_general) return reason;
   reason = general_refusal(p.shape, p.general);
   if (!reason.empty()) return reason;
+  if (p.general.dropout.rng_state != nullptr) return lacks("dropout_p");
   // The powers of softmax_scale / softcap in its polynomial would leave fp32. See Softcap.
   const double softcap = p.general.softcap;
   const double ratio = std::fabs(p.softmax_scale) / softcap;
@@ -84,11 +85,19 @@ inline std::string refusal(const BackwardParams& p, int element_bytes, bool is_c
   reason = general_refusal(p.shape, p.general);
   if (!reason.empty()) return reason;
   if (p.general_gradients.dslopes.data != nullptr) {
-    return "has no kernels with the gradient of alibi_slopes";
+    return lacks("the gradient of alibi_slopes");
   }
   const double softcap = p.general.softcap;
   if (softcap > 0.0 && (softcap < kMinSoftcap || softcap > kMaxSoftcap)) {
     return "needs a softcap of 0.001 to 1000 in the backward, got " + std::to_string(softcap);
+  }
+  const Dropout& dropout = p.general.dropout;
+  if (dropout.rng_state != nullptr) {
+    if (softcap > 0.0) return lacks("softcap and dropout_p in the backward");
+    // Weights are multiplied by all of it before they are rounded. See backward/dropout.cuh.
+    if (dropout.keep_scale != dropout.weight_factor() || dropout.keep_scale == 0.f) {
+      return "needs a dropout_p of at most 0.999 in the backward";
+    }
   }
   return {};
 }

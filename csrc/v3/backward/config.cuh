@@ -22,6 +22,7 @@ struct alignas(16) TileWork {
 template <typename Scores>
 inline constexpr int general_v_steps(int head_dim) {
   if (Scores::kHasSoftcap) return 1;
+  if (Scores::kHasDropout && head_dim == 128) return Scores::kHasAlibi ? 1 : 2;
   return head_dim == 128 && !Scores::kHasAlibi ? 3 : 2;
 }
 

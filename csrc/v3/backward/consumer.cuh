@@ -3,12 +3,13 @@
 
 #include <type_traits>
 
-#include "common/centred_keys.cuh"
 #include "ptx/stmatrix.cuh"
 #include "ptx/warpgroup.cuh"
 #include "sm90/copy_tile.cuh"
 #include "sm90/warpgroup_gemm.cuh"
+#include "v3/backward/centre_keys.cuh"
 #include "v3/backward/config.cuh"
+#include "v3/backward/dropout.cuh"
 #include "v3/backward/general_scores.cuh"
 #include "v3/backward/scores.cuh"
 
@@ -26,6 +27,7 @@ class Consumer {
   static constexpr int kBlockM = Config::kBlockM;
   static constexpr int kBlockN = Config::kBlockN;
   static constexpr int kHeadDim = Config::kHeadDim;
+  using Kept = KeptElements<Scores::kHasDropout ? kBlockM / 8 : 0>;
   template <int kSteps>
   using Rows = sm90::SmemTile<Element, 16 * kSteps, kHeadDim>;  // of a QTile
 
@@ -83,6 +85,12 @@ class Consumer {
     const int first_full_row =
         key0 + 64 <= mask.seqlen_k ? mask.row_begin(key0 + 63) : mask.seqlen_q;
     Step step{first_row, key0, first_full_row, steps == 1};
+    Kept kept_of_second;
+    if constexpr (Scores::kHasDropout) {
+      const int first_head = ptx::warp_uniform(tile().batch_idx) * p_.heads_q +
+                             ptx::warp_uniform(tile().kv_head_idx) * p_.group_size;
+      kept_of_second = dropout_draws(key0).first_two(kept_, first_head);
+    }
     const int hidden_rows = mask.row_begin(key0) - first_row;
     constexpr int kHalf = kBlockM > 64 ? kBlockM / 2 : 0;
     if (hidden_rows >= kBlockM) {
@@ -92,6 +100,7 @@ class Consumer {
     } else {
       compute</*kIsFirst=*/true>(step);
     }
+    if constexpr (Scores::kHasDropout) kept_ = kept_of_second;
 #pragma unroll 1
     for (int i = 1; i < steps; ++i) {
       step.row0 += kBlockM;
@@ -151,7 +160,8 @@ class Consumer {
       if constexpr (Scores::kHasAlibi) add_alibi(acc_s, statistics.slope, distance);
       if (!is_plain) adjust_scores(acc_s, row0, step.key0);
       recompute_p(acc_s, lse_log2, signed_scale_log2_);
-      sm90::pack_operand<Element>(frag_p, acc_s);
+      if constexpr (Scores::kHasDropout) mark_dropped(acc_s, kept_, kFirstRow / 8);
+      pack_weights<Element, Scores::kHasDropout>(frag_p, acc_s);
     }
     ptx::wgmma_wait_group<0>();
     if (step.is_last && lane_idx_ == 0) ptx::mbarrier_arrive(smem_.v_barriers.empty[0]);
@@ -160,7 +170,7 @@ class Consumer {
                                              statistics.slope, distance);
       sm90::pack_operand<Element>(frag_p, acc_s);
     } else {
-      compute_ds(acc_dp, acc_s, delta);
+      compute_ds<Scores::kHasDropout>(acc_dp, acc_s, delta);
     }
     sm90::pack_operand<Element>(frag_ds, acc_dp);
     if (kIsFirst) await_gradient_sent();  // dV lies there
@@ -174,6 +184,11 @@ class Consumer {
     announce_ds();
     issue_dv(frag_p, kFirstRow);
     issue_dk(frag_ds, kFirstRow, !kIsFirst);
+    if constexpr (Scores::kHasDropout && !kIsFirst) {
+      if (!step.is_last) {
+        kept_ = dropout_draws(step.key0).after(step.row0, statistics.batch_head);
+      }
+    }
     ptx::wgmma_wait_group<0>();
     finish_step(kIsFirst);
   }
@@ -234,36 +249,9 @@ class Consumer {
     sm90::gemm_ab<Rows<kSteps>>(acc_dk_, frag_ds, q, accumulates);
   }
 
-  // This warpgroup's rows of K, minus the mean of the head's keys. From that dQ = dS K is computed:
-  // exactly, a row of dS sums to 0 (or to dL, see the postprocess kernel); rounded it does not, and
-  // the remainder times a large mean of K is an error of 10 to 50% in dQ on biased keys.
   __device__ __forceinline__ void centre_keys() {
-    using Pair = std::conditional_t<std::is_same_v<Element, __half>, __half2, __nv_bfloat162>;
-    constexpr float kScale = kCentredKeyScale<Element>;
-    const uint32_t scale_bits = pack<Element>(kScale, kScale);
-    const Pair scale = reinterpret_cast<const Pair&>(scale_bits);
-    const int thread_idx = threadIdx.x % 128;
     sm90::wait_empty(smem_.k_centred_barriers, kv_at_);
-#pragma unroll
-    for (int slab = 0; slab < KVTile::kSlabs; ++slab) {
-      const int col = slab * sm90::kSlabCols + thread_idx % 8 * 8;
-      Pair minus_mean[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float2 mean = *reinterpret_cast<const float2*>(&smem_.key_mean[col + 2 * i]);
-        const uint32_t bits = pack<Element>(-kScale * mean.x, -kScale * mean.y);
-        minus_mean[i] = reinterpret_cast<const Pair&>(bits);
-      }
-#pragma unroll
-      for (int row = 0; row < 64; row += 16) {
-        const int offset = KVTile::chunk_offset(64 * warpgroup_idx_ + row + thread_idx / 8, col);
-        uint4 bits = *reinterpret_cast<const uint4*>(smem_.k.data + offset);
-        auto* x = reinterpret_cast<Pair*>(&bits);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) x[i] = __hfma2(x[i], scale, minus_mean[i]);
-        *reinterpret_cast<uint4*>(smem_.k_centred.data + offset) = bits;
-      }
-    }
+    centre_rows<KVTile>(smem_.k_centred, smem_.k, smem_.key_mean, 64 * warpgroup_idx_);
     ptx::fence_proxy_async();
     __syncwarp();
     if (lane_idx_ == 0) ptx::mbarrier_arrive(smem_.k_centred_barriers.full[0]);
@@ -285,6 +273,11 @@ class Consumer {
 
   // This thread's first column of S^T, first query of the block.
   __device__ __forceinline__ int first_col() const { return lane_idx_ % 4 * 2; }
+
+  __device__ __forceinline__ DropoutDraws<kBlockM> dropout_draws(int key0) const {
+    return {p_.dropout, key0 + 16 * warp_idx_, lane_idx_,
+            ptx::warp_uniform(tile().m_begin) * kBlockM, past_last_row()};
+  }
 
   // The few scores that need more than recompute_p(), in one branch: it then schedules better.
   // `row0`, `key0`: the first query and the first key of this warpgroup.
@@ -369,14 +362,6 @@ class Consumer {
     holds_dk_ = false;
   }
 
-  static __device__ __forceinline__ void clear(float (&acc)[kHeadDim / 8][4]) {
-#pragma unroll
-    for (int n = 0; n < kHeadDim / 8; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) acc[n][i] = 0.f;
-    }
-  }
-
   SharedStorage& smem_;
   const Params& p_;
   const int warpgroup_idx_;
@@ -391,6 +376,7 @@ class Consumer {
   bool holds_dk_ = false;
   sm90::RingPosition<1> kv_at_;
 
+  Kept kept_;  // by dropout, of the next step
   float acc_dk_[kHeadDim / 8][4];
   float acc_dv_[kHeadDim / 8][4];
   uint32_t frag_v_[Config::kVSteps][4];
