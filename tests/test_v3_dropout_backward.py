@@ -134,7 +134,11 @@ def test_no_state_is_kept_between_calls(device, algorithm):
 @pytest.mark.hopper
 @pytest.mark.parametrize(
     ("arguments", "reason"),
-    [({"softcap": 3.0}, "softcap and dropout_p"), ({"dropout_p": 0.9995}, "at most 0.999"), ({"dropout_p": 1.0}, "0.999")],
+    [
+        ({"softcap": 3.0}, "softcap and dropout_p"),
+        ({"dropout_p": 0.9995}, "at most 0.999"),
+        ({"dropout_p": 1.0}, "at most 0.999"),
+    ],
     ids=str,
 )
 def test_refused(arguments, reason):
