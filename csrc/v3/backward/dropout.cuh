@@ -36,31 +36,31 @@ struct KeptElements {
 template <int kN, int kWord>
 __device__ __forceinline__ KeptElements<kN> draw_kept_half(const Dropout& own, int batch_head,
                                                            int key0, int row0, int lane_idx) {
-      const uint32_t lowest_high = own.threshold << 16;
-      const int key = key0 + lane_idx / 4;
-      const int row = row0 + lane_idx % 4 * 2;
-      KeptElements<kN> kept{};
-      // Not unrolled: four evaluations at once hide each other's latency, and more of them cost
-      // registers that the accumulators in flight need.
-  #pragma unroll 1
-      for (int n0 = 0; n0 < kN; n0 += 4) {
-        uint32_t bits = 0;  // 16 above 16 zeros
-  #pragma unroll
-        for (int n = 0; n < 4; n += 2) {
-  #pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            const Philox4 group = dropout_group(own, batch_head, row + 8 * (n0 + n) + i, key);
-  #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-              const uint32_t word = group.word[kWord + half];
-              const int bit = 16 + 4 * n + 2 * half + i;
-              if (word << 16 >= lowest_high) bits |= 1u << bit;
-              if (word >= lowest_high) bits |= 1u << (bit + 4);
-            }
-          }
+  const uint32_t lowest_high = own.threshold << 16;
+  const int key = key0 + lane_idx / 4;
+  const int row = row0 + lane_idx % 4 * 2;
+  KeptElements<kN> kept{};
+  // Not unrolled: four evaluations at once hide each other's latency, and more of them cost
+  // registers that the accumulators in flight need.
+#pragma unroll 1
+  for (int n0 = 0; n0 < kN; n0 += 4) {
+    uint32_t bits = 0;  // 16 above 16 zeros
+#pragma unroll
+    for (int n = 0; n < 4; n += 2) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const Philox4 group = dropout_group(own, batch_head, row + 8 * (n0 + n) + i, key);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const uint32_t word = group.word[kWord + half];
+          const int bit = 16 + 4 * n + 2 * half + i;
+          if (word << 16 >= lowest_high) bits |= 1u << bit;
+          if (word >= lowest_high) bits |= 1u << (bit + 4);
         }
-        kept.push(bits);
       }
+    }
+    kept.push(bits);
+  }
   return kept;
 }
 
