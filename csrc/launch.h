@@ -43,7 +43,7 @@ void launch_general_forward_v3(const ForwardParams& params, CudaStream stream);
 template <typename Element, int kHeadDim>
 void launch_backward_v3(const BackwardParams& params, CudaStream stream);
 
-// The same with window, softcap, alibi_slopes and sinks; kHeadDim 64 or 128.
+// The same with window, softcap, alibi_slopes, sinks and dropout; kHeadDim 64 or 128.
 template <typename Element, int kHeadDim>
 void launch_general_backward_v3(const BackwardParams& params, CudaStream stream);
 

@@ -104,9 +104,6 @@ def test_patterns(device, algorithm, pattern, size, head_dim):
             if pattern == "nothing":
                 assert out.abs().max().item() == 0
                 assert (lse == -math.inf).all()
-    if pattern == "everything" and size >= 128:
-        results = [call(q, k, v, x, algorithm=algorithm) for x in (features, {"window": (-1, -1)})]
-        assert_same_bits(*results, "dense")
 
 
 @v3

@@ -176,7 +176,6 @@ def test_blocks_that_are_off_are_not_read(device, algorithm, head_dim):
 
 REFUSED = {
     "attn_mask": ({"attn_mask": (1, 1, 70, 90)}, "attn_mask"),
-    "dropout": ({"dropout_p": 0.5}, "dropout_p"),
     "dslopes": ({"alibi_slopes": (4,)}, "the gradient of alibi_slopes"),
     "softcap": ({"softcap": 1e4}, "needs a softcap of 0.001 to 1000"),
 }
@@ -193,8 +192,6 @@ def test_refused(case):
         else x
         for name, x in arguments.items()
     }
-    if case == "dropout":
-        options["rng_state"] = torch.tensor([1, 2], device="cuda")
     q, k, v, dout = make_qkv_dout(Shape(2, 4, 2, 70, 90, 64), torch.bfloat16, "cuda")
     out, lse = torch.ops.flash_ext.general_forward(q, k, v, algorithm="v2", **options)
     given = (dout, q, k, v, out, lse)

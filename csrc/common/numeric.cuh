@@ -41,6 +41,22 @@ __device__ __forceinline__ uint32_t pack<__nv_bfloat16>(float lo, float hi) {
   return reinterpret_cast<const uint32_t&>(h);
 }
 
+// Negative ones as zeros; no more instructions.
+template <typename Element>
+__device__ __forceinline__ uint32_t pack_relu(float lo, float hi);
+template <>
+__device__ __forceinline__ uint32_t pack_relu<__half>(float lo, float hi) {
+  uint32_t bits;
+  asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;\n" : "=r"(bits) : "f"(hi), "f"(lo));
+  return bits;
+}
+template <>
+__device__ __forceinline__ uint32_t pack_relu<__nv_bfloat16>(float lo, float hi) {
+  uint32_t bits;
+  asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;\n" : "=r"(bits) : "f"(hi), "f"(lo));
+  return bits;
+}
+
 // The reverse.
 template <typename Element>
 __device__ __forceinline__ float2 unpack(uint32_t bits);

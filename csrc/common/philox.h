@@ -19,14 +19,26 @@ struct Philox4 {
   uint32_t word[4];
 };
 
+// In one instruction: of the plain product nvcc adds up the upper half, at a third of Philox's
+// time.
+FLASH_HOST_DEVICE uint64_t multiply_wide(uint32_t a, uint32_t b) {
+#ifdef __CUDA_ARCH__
+  uint64_t product;
+  asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(a), "r"(b));
+  return product;
+#else
+  return uint64_t{a} * b;
+#endif
+}
+
 inline constexpr int kPhiloxRounds = 7;
 
 FLASH_HOST_DEVICE Philox4 philox4x32(uint64_t key, Philox4 counter) {
   uint32_t key0 = static_cast<uint32_t>(key);
   uint32_t key1 = static_cast<uint32_t>(key >> 32);
   for (int round = 0; round < kPhiloxRounds; ++round) {
-    const uint64_t product0 = uint64_t{0xD2511F53u} * counter.word[0];
-    const uint64_t product1 = uint64_t{0xCD9E8D57u} * counter.word[2];
+    const uint64_t product0 = multiply_wide(0xD2511F53u, counter.word[0]);
+    const uint64_t product1 = multiply_wide(0xCD9E8D57u, counter.word[2]);
     counter = {{static_cast<uint32_t>(product1 >> 32) ^ counter.word[1] ^ key0,
                 static_cast<uint32_t>(product1),
                 static_cast<uint32_t>(product0 >> 32) ^ counter.word[3] ^ key1,

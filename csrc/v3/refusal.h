@@ -38,7 +38,7 @@ inline std::string refusal(const AttentionShape& shape, std::initializer_list<In
   return {};
 }
 
-inline std::string lacks(const char* name) { return std::string("has no kernels with ") + name; }
+inline std::string lacks(const std::string& name) { return "has no kernels with " + name; }
 
 // What of general attention neither v3's forward nor its backward has kernels for.
 inline std::string general_refusal(const AttentionShape& shape, const GeneralParams& general) {
@@ -119,13 +119,20 @@ inline std::string refusal(const BackwardParams& p, int element_bytes, bool is_c
   reason = general_refusal(p.shape, p.general);
   if (!reason.empty()) return reason;
   if (p.general.mask.data != nullptr) return lacks("attn_mask");
-  if (p.general.dropout.rng_state != nullptr) return lacks("dropout_p");
   if (p.general_gradients.dslopes.data != nullptr) {
     return lacks("the gradient of alibi_slopes");
   }
   const double softcap = p.general.softcap;
   if (softcap > 0.0 && (softcap < kMinSoftcap || softcap > kMaxSoftcap)) {
     return "needs a softcap of 0.001 to 1000 in the backward, got " + std::to_string(softcap);
+  }
+  const Dropout& dropout = p.general.dropout;
+  if (dropout.rng_state != nullptr) {
+    if (softcap > 0.0) return lacks("softcap and dropout_p in the backward");
+    // Weights are multiplied by all of it before they are rounded. See backward/dropout.cuh.
+    if (dropout.keep_scale != dropout.weight_factor() || dropout.keep_scale == 0.f) {
+      return "needs a dropout_p of at most 0.999 in the backward";
+    }
   }
   return {};
 }

@@ -33,6 +33,7 @@ struct alignas(16) GeneralTileWork : TileWork {
 template <typename Scores>
 inline constexpr int general_v_steps(int head_dim) {
   if (Scores::kHasSoftcap) return 1;
+  if (Scores::kHasDropout) return Scores::kHasAlibi ? 1 : 2;
   return head_dim == 128 && !Scores::kHasAlibi ? 3 : 2;
 }
 
@@ -64,7 +65,7 @@ struct Config {
                                                                         : 3;
   // Registers of a thread: a launch gives every thread 65,536 / 384, rounded down to a multiple of
   // 8, and no more can be moved from the producer to the consumers.
-  static constexpr bool kNeedsAll = kVSteps == 5 || Scores::kHasSoftcap;
+  static constexpr bool kNeedsAll = kVSteps == 5 || Scores::kHasSoftcap || Scores::kHasDropout;
   static constexpr int kProducerRegisters = kNeedsAll ? 24 : 40;
   static constexpr int kConsumerRegisters = kNeedsAll ? 240 : 232;
   static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= 3 * 168);

@@ -3,12 +3,13 @@
 
 #include <type_traits>
 
-#include "common/centred_keys.cuh"
 #include "ptx/stmatrix.cuh"
 #include "ptx/warpgroup.cuh"
 #include "sm90/copy_tile.cuh"
 #include "sm90/warpgroup_gemm.cuh"
+#include "v3/backward/centre_keys.cuh"
 #include "v3/backward/config.cuh"
+#include "v3/backward/dropout.cuh"
 #include "v3/backward/general_scores.cuh"
 #include "v3/backward/scores.cuh"
 
@@ -47,6 +48,8 @@ class Consumer {
         k_centred_desc_(sm90::Descriptor::mn_major(smem.k_centred)) {}
 
  protected:
+  using Kept = KeptElements<Scores::kHasDropout ? kBlockM / 8 : 0>;
+
   __device__ __forceinline__ const typename Config::Work& tile() const {
     return smem_.tile[tile_at_.stage];
   }
@@ -124,7 +127,8 @@ class Consumer {
       if constexpr (Scores::kHasAlibi) add_alibi(acc_s, statistics.slope, distance);
       if (!is_plain) adjust_scores(acc_s, step, kFirstRow);
       recompute_p(acc_s, lse_log2, signed_scale_log2_);
-      sm90::pack_operand<Element>(frag_p, acc_s);
+      if constexpr (Scores::kHasDropout) mark_dropped(acc_s, kept_, kFirstRow / 8);
+      pack_weights<Element, Scores::kHasDropout>(frag_p, acc_s);
     }
     ptx::wgmma_wait_group<0>();
     if (step.is_last && lane_idx_ == 0) ptx::mbarrier_arrive(smem_.v_barriers.empty[0]);
@@ -133,7 +137,7 @@ class Consumer {
                                              statistics.slope, distance);
       sm90::pack_operand<Element>(frag_p, acc_s);
     } else {
-      compute_ds(acc_dp, acc_s, delta);
+      compute_ds<Scores::kHasDropout>(acc_dp, acc_s, delta);
     }
     sm90::pack_operand<Element>(frag_ds, acc_dp);
     if (kIsFirst) await_gradient_sent();  // dV lies there
@@ -151,6 +155,7 @@ class Consumer {
     announce_ds();
     issue_dv(frag_p, kFirstRow);
     issue_dk(frag_ds, kFirstRow, !kIsFirst);
+    if (!kIsFirst && !step.is_last) draw_next();
     ptx::wgmma_wait_group<0>();
     finish_step(kIsFirst);
   }
@@ -183,6 +188,7 @@ class Consumer {
     const uint32_t frag_ds[kBlockM / 16][4] = {};
     store_ds(frag_ds, 0);
     announce_ds();
+    if (!is_last) draw_next();
     finish_step(/*is_first=*/false);
   }
 
@@ -223,36 +229,9 @@ class Consumer {
     sm90::gemm_ab<Rows<kSteps>>(acc_dk_, frag_ds, q, accumulates);
   }
 
-  // This warpgroup's rows of K, minus the mean of the head's keys. From that dQ = dS K is computed:
-  // exactly, a row of dS sums to 0 (or to dL, see the postprocess kernel); rounded it does not, and
-  // the remainder times a large mean of K is an error of 10 to 50% in dQ on biased keys.
   __device__ __forceinline__ void centre_keys() {
-    using Pair = std::conditional_t<std::is_same_v<Element, __half>, __half2, __nv_bfloat162>;
-    constexpr float kScale = kCentredKeyScale<Element>;
-    const uint32_t scale_bits = pack<Element>(kScale, kScale);
-    const Pair scale = reinterpret_cast<const Pair&>(scale_bits);
-    const int thread_idx = threadIdx.x % 128;
     sm90::wait_empty(smem_.k_centred_barriers, kv_at_);
-#pragma unroll
-    for (int slab = 0; slab < KVTile::kSlabs; ++slab) {
-      const int col = slab * sm90::kSlabCols + thread_idx % 8 * 8;
-      Pair minus_mean[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float2 mean = *reinterpret_cast<const float2*>(&smem_.key_mean[col + 2 * i]);
-        const uint32_t bits = pack<Element>(-kScale * mean.x, -kScale * mean.y);
-        minus_mean[i] = reinterpret_cast<const Pair&>(bits);
-      }
-#pragma unroll
-      for (int row = 0; row < 64; row += 16) {
-        const int offset = KVTile::chunk_offset(64 * warpgroup_idx_ + row + thread_idx / 8, col);
-        uint4 bits = *reinterpret_cast<const uint4*>(smem_.k.data + offset);
-        auto* x = reinterpret_cast<Pair*>(&bits);
-#pragma unroll
-        for (int i = 0; i < 4; ++i) x[i] = __hfma2(x[i], scale, minus_mean[i]);
-        *reinterpret_cast<uint4*>(smem_.k_centred.data + offset) = bits;
-      }
-    }
+    centre_rows<KVTile>(smem_.k_centred, smem_.k, smem_.key_mean, 64 * warpgroup_idx_);
     ptx::fence_proxy_async();
     __syncwarp();
     if (lane_idx_ == 0) ptx::mbarrier_arrive(smem_.k_centred_barriers.full[0]);
@@ -276,6 +255,35 @@ class Consumer {
 
   // This thread's first column of S^T, first query of the block.
   __device__ __forceinline__ int first_col() const { return lane_idx_ % 4 * 2; }
+
+  // What dropout keeps of the query block in question.
+  __device__ __forceinline__ Kept draw(int row0, int batch_head) const {
+    const int key0 = tile().n_block * kBlockN + 64 * warpgroup_idx_ + 16 * warp_idx_;
+    return draw_kept<kBlockM / 8>(p_.dropout, batch_head, key0, row0, lane_idx_);
+  }
+  // Of the next step, while this one's last products are in flight: beside those of S and dP there
+  // is no register for it.
+  __device__ __forceinline__ void draw_next() {
+    if constexpr (Scores::kHasDropout) {
+      kept_ = draw(announced().next_row0, announced().next_batch_head);
+    }
+  }
+  // Of a tile's first step; returns the second's, which is of no use if there is none.
+  __device__ __forceinline__ Kept draw_first_two() {
+    Kept last{};
+    if constexpr (Scores::kHasDropout) {
+      int row0 = announced().row0;
+      int batch_head = smem_.statistics[at_.stage].batch_head;
+#pragma unroll 1
+      for (int i = 0; i < 2; ++i) {
+        kept_ = last;
+        last = draw(row0, batch_head);
+        row0 = announced().next_row0;
+        batch_head = announced().next_batch_head;
+      }
+    }
+    return last;
+  }
 
   // The few scores that need more than recompute_p(), in one branch: it then schedules better.
   template <int kN>
@@ -361,14 +369,6 @@ class Consumer {
     holds_dk_ = false;
   }
 
-  static __device__ __forceinline__ void clear(float (&acc)[kHeadDim / 8][4]) {
-#pragma unroll
-    for (int n = 0; n < kHeadDim / 8; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) acc[n][i] = 0.f;
-    }
-  }
-
   SharedStorage& smem_;
   const Params& p_;
   const int warpgroup_idx_;
@@ -383,6 +383,7 @@ class Consumer {
   bool holds_dk_ = false;
   sm90::RingPosition<1> kv_at_;
 
+  Kept kept_;  // by dropout, of the next step
   float acc_dk_[kHeadDim / 8][4];
   float acc_dv_[kHeadDim / 8][4];
   uint32_t frag_v_[Config::kVSteps][4];

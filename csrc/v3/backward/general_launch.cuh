@@ -1,5 +1,4 @@
-// Host side of the v3 backward beyond plain attention: window, softcap, ALiBi, sinks, packed
-// sequences and seqlens_k.
+// Host side of the v3 backward beyond plain attention.
 #pragma once
 
 #include <cmath>
@@ -55,13 +54,16 @@ GeneralKernelParams make_general_params(const BackwardParams& params) {
   p.tanh_exponent = p.has_softcap
                         ? static_cast<float>(2.0 * kLog2e * params.softmax_scale / general.softcap)
                         : 0.f;
+  p.dropout = general.dropout;
+  p.weight_factor = general.dropout.weight_factor();
+  p.inverse_weight_factor = 1.f / p.weight_factor;
+  p.weight_log2 = std::log2(p.weight_factor);
   return p;
 }
 
-template <typename Element, int kHeadDim, bool kHasSoftcap, bool kHasAlibi>
+template <typename Element, int kHeadDim, typename Scores>
 void launch_general(const BackwardParams& params, cudaStream_t stream) {
-  using Main =
-      Config<Element, kHeadDim, /*kIsDeterministic=*/false, GeneralScores<kHasSoftcap, kHasAlibi>>;
+  using Main = Config<Element, kHeadDim, /*kIsDeterministic=*/false, Scores>;
   GeneralKernelParams p = make_general_params<Main>(params);
   const bool has_own_lengths = v3::has_own_lengths(p.sequences);
   if (has_own_lengths) prepare_entries<Main>(params, &p, stream);
@@ -87,11 +89,15 @@ void launch_general_backward_v3(const BackwardParams& call, CudaStream stream) {
   const BackwardParams params = without_band(call);
   const bool has_alibi = params.general.alibi_slopes.data != nullptr;
   if (params.general.softcap > 0.0) {
-    has_alibi ? launch_general<Element, kHeadDim, true, true>(params, stream)
-              : launch_general<Element, kHeadDim, true, false>(params, stream);
+    has_alibi ? launch_general<Element, kHeadDim, GeneralScores<true, true>>(params, stream)
+              : launch_general<Element, kHeadDim, GeneralScores<true, false>>(params, stream);
+  } else if (params.general.dropout.rng_state != nullptr) {
+    has_alibi
+        ? launch_general<Element, kHeadDim, GeneralScores<false, true, true>>(params, stream)
+        : launch_general<Element, kHeadDim, GeneralScores<false, false, true>>(params, stream);
   } else {
-    has_alibi ? launch_general<Element, kHeadDim, false, true>(params, stream)
-              : launch_general<Element, kHeadDim, false, false>(params, stream);
+    has_alibi ? launch_general<Element, kHeadDim, GeneralScores<false, true>>(params, stream)
+              : launch_general<Element, kHeadDim, GeneralScores<false, false>>(params, stream);
   }
 }
 

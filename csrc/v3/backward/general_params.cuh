@@ -1,5 +1,4 @@
-// What the v3 backward needs to know of window, softcap, ALiBi, sinks, packed sequences and
-// seqlens_k (common/general.h).
+// What the v3 backward needs to know of general attention (common/general.h).
 //
 // The main kernel computes weights as exp2(x * scale.log2 - L), with x as the products Q K^T come.
 // A bias is added in units of x, so that the exponent stays one FMA. The softcap makes x the tanh
@@ -38,6 +37,9 @@ struct GeneralKernelParams : KernelParams {
   float* dsink_blocks;      // nullptr: not asked for. What each block of query rows adds to dsinks
   bool has_softcap;
   float tanh_exponent;  // of tanh(y) = 1 - 2 / (1 + exp2(2 y log2(e))), for a score of 1
+  Dropout dropout;
+  // Of Dropout::weight_factor(); without dropout 0, 1 and 1. See dropout.cuh.
+  float weight_log2, weight_factor, inverse_weight_factor;
   Sequences sequences;
   EntryTables entries;
   bool is_top_left;    // the band's diagonal begins in that corner, whatever the lengths
@@ -53,14 +55,16 @@ struct PlainScores {
   using Params = KernelParams;
   static constexpr bool kHasSoftcap = false;
   static constexpr bool kHasAlibi = false;
+  static constexpr bool kHasDropout = false;
 };
 
 // A band of any window, too.
-template <bool kHasSoftcap_, bool kHasAlibi_>
+template <bool kHasSoftcap_, bool kHasAlibi_, bool kHasDropout_ = false>
 struct GeneralScores {
   using Params = GeneralKernelParams;
   static constexpr bool kHasSoftcap = kHasSoftcap_;
   static constexpr bool kHasAlibi = kHasAlibi_;
+  static constexpr bool kHasDropout = kHasDropout_;
 };
 
 // `tile`: as it is announced.
@@ -91,6 +95,20 @@ __device__ __forceinline__ const float* lse_of(const GeneralKernelParams& p, con
 __device__ __forceinline__ constexpr bool has_sinks(const KernelParams&) { return false; }
 __device__ __forceinline__ bool has_sinks(const GeneralKernelParams& p) {
   return p.sinks.data != nullptr;
+}
+
+// How the preprocess kernel leaves L and delta where there is dropout.
+__device__ __forceinline__ constexpr float shifted_lse(const KernelParams&, float x) { return x; }
+__device__ __forceinline__ float shifted_lse(const GeneralKernelParams& p, float x) {
+  return x - p.weight_log2;
+}
+__device__ __forceinline__ constexpr float scaled_delta(const KernelParams&, float x) { return x; }
+__device__ __forceinline__ float scaled_delta(const GeneralKernelParams& p, float x) {
+  return x * p.inverse_weight_factor;
+}
+__device__ __forceinline__ constexpr float true_delta(const KernelParams&, float x) { return x; }
+__device__ __forceinline__ float true_delta(const GeneralKernelParams& p, float x) {
+  return x * p.weight_factor;
 }
 
 // The weight of the sink in a row's softmax, exp(sink - L).

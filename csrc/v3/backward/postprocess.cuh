@@ -54,7 +54,8 @@ __global__ void __launch_bounds__(kPostprocessThreads)
       const bool has_dlse = p.dlse != nullptr && row < rows.seqlen_q && p.lse[at] != -INFINITY;
       float missing = has_dlse ? p.dlse[at] : 0.f;
       if (has_sinks(p) && row < rows.seqlen_q) {
-        missing += sink_weight(p, head_idx, p.lse[at]) * p.delta[rows64 * 64 + row % 64];
+        const float delta = true_delta(p, p.delta[rows64 * 64 + row % 64]);
+        missing += sink_weight(p, head_idx, p.lse[at]) * delta;
       }
       if (p.dq_row_sum != nullptr) {
         const float* sums =

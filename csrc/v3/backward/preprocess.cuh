@@ -115,9 +115,10 @@ __device__ __forceinline__ void row_statistics(const Params& p, int64_t block) {
   const bool has_huge = __syncthreads_or(is_huge);
   if (threadIdx.x < kBlockM) {
     const float delta = row_sums[threadIdx.x] - (lse != -INFINITY ? dlse : 0.f);
-    p.delta[block * kBlockM + threadIdx.x] = delta;
-    statistics.lse_log2[threadIdx.x] = (is_huge ? 0.f : backward_lse_log2(lse)) -
-                                       static_cast<float>(kWeightShift<Element, kHeadDim>);
+    p.delta[block * kBlockM + threadIdx.x] = scaled_delta(p, delta);
+    const float lse_log2 = (is_huge ? 0.f : backward_lse_log2(lse)) -
+                           static_cast<float>(kWeightShift<Element, kHeadDim>);
+    statistics.lse_log2[threadIdx.x] = shifted_lse(p, lse_log2);
     if constexpr (kIsGeneral<Params>) {
       const float weight = owns_row ? sink_weight(p, static_cast<int>(rows.head_idx), lse) : 0.f;
       row_sums[threadIdx.x] = -weight * delta;

@@ -81,7 +81,8 @@ class Producer {
       sm90::wait_empty(smem_.query_barriers, at_);
       smem_.steps[at_.stage + Config::kStages * at_.phase] = {
           step.flags | (next.exists ? 0 : StepWork::kIsLast), step.m_block * kBlockM,
-          row_block_of(p_, tile, step.head_idx, step.m_block)};
+          row_block_of(p_, tile, step.head_idx, step.m_block), next.m_block * kBlockM,
+          tile.batch_idx * p_.heads_q + next.head_idx};
       load_step(tile, step.head_idx, step.m_block, is_first);
       is_first = false;
       step = next;

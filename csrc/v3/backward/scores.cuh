@@ -8,6 +8,15 @@
 
 namespace flash_ext::v3::backward {
 
+template <int kN>
+__device__ __forceinline__ void clear(float (&acc)[kN][4]) {
+#pragma unroll
+  for (int n = 0; n < kN; ++n) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) acc[n][i] = 0.f;
+  }
+}
+
 // The scores that the mask hides become weights of 0. `key0`, `row0`: the thread's first key and
 // query.
 template <int kN>
@@ -66,8 +75,9 @@ __device__ __forceinline__ void subtract_huge_lse(float (&acc_s)[kN][4], const f
   }
 }
 
-// dS = P * (dP - delta) in place of dP.
-template <int kN>
+// dS = P * (dP - delta) in place of dP. Where there is dropout, negative P are what it drops:
+// dP counts as 0 there. See dropout.cuh.
+template <bool kHasDropout, int kN>
 __device__ __forceinline__ void compute_ds(float (&acc_dp)[kN][4], const float (&acc_p)[kN][4],
                                            const float* delta) {
 #pragma unroll
@@ -75,7 +85,9 @@ __device__ __forceinline__ void compute_ds(float (&acc_dp)[kN][4], const float (
     const float2 d = *reinterpret_cast<const float2*>(delta + 8 * n);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      acc_dp[n][i] = acc_p[n][i] * (acc_dp[n][i] - (i % 2 == 0 ? d.x : d.y));
+      const float dp = !kHasDropout || acc_p[n][i] >= 0.f ? acc_dp[n][i] : 0.f;
+      const float p = kHasDropout ? fabsf(acc_p[n][i]) : acc_p[n][i];
+      acc_dp[n][i] = p * (dp - (i % 2 == 0 ? d.x : d.y));
     }
   }
 }

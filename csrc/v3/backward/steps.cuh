@@ -18,7 +18,8 @@ struct alignas(16) StepWork {
 
   int flags;  // seen() by consumer warpgroup 0, by 1 in the next byte, kIsLast
   int row0;
-  int64_t row_block;  // see row_block()
+  int64_t row_block;               // see row_block()
+  int next_row0, next_batch_head;  // of the next step of the tile, if there is one
 };
 
 // What a consumer warpgroup sees of a step: a bit for each 64 rows of which it sees something, and

@@ -8,9 +8,9 @@ namespace flash_ext::v3::backward {
 template <typename Config>
 class TileConsumer : public Consumer<Config> {
   using Base = Consumer<Config>;
-  using Base::acc_dk_, Base::acc_dv_, Base::at_, Base::holds_dk_, Base::kv_at_, Base::lane_idx_,
-      Base::p_, Base::smem_, Base::tile_at_, Base::warpgroup_idx_;
-  using Base::announced, Base::clear, Base::skip, Base::skip_first, Base::stage_dk,
+  using Base::acc_dk_, Base::acc_dv_, Base::at_, Base::holds_dk_, Base::kept_, Base::kv_at_,
+      Base::lane_idx_, Base::p_, Base::smem_, Base::tile_at_, Base::warpgroup_idx_;
+  using Base::announced, Base::draw_first_two, Base::skip, Base::skip_first, Base::stage_dk,
       Base::stage_gradient, Base::tile;
   using typename Base::Step;
   static constexpr int kBlockM = Config::kBlockM;
@@ -48,11 +48,13 @@ class TileConsumer : public Consumer<Config> {
       return;
     }
     Step step = await_step();
+    const auto kept_of_second = draw_first_two();
     if (step.seen == 0) {
       skip_first(step.is_last);
     } else {
       compute_seen<true>(step);
     }
+    kept_ = kept_of_second;
 #pragma unroll 1
     while (!step.is_last) {
       step = await_step();
