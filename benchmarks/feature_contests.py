@@ -268,4 +268,5 @@ def block_sparse(head_dim, _):
     return Contest("block-sparse", f"1x{heads}x{seqlen}, 25%", heads, head_dim, entries, promises)
 
 
-CONTESTS = (score_features, window, packed, masks_and_dropout, grouped_mask, bias_gradient, block_sparse)
+CONTESTS = (window, packed, score_features, masks_and_dropout, grouped_mask, bias_gradient, block_sparse)
+WITH_FLEX = (window, packed, score_features)

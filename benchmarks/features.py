@@ -13,7 +13,7 @@ import torch
 from benchmarks import record, tables
 from benchmarks.baselines import TOLERANCE, relative_error
 from benchmarks.comparison import MODES, extra_memory
-from benchmarks.feature_contests import CONTESTS
+from benchmarks.feature_contests import CONTESTS, WITH_FLEX
 from benchmarks.timing import Contender, Plan, Timing, attempt, time_contenders
 
 
@@ -121,31 +121,30 @@ def main():
     if device.type != "cuda":
         raise SystemExit("benchmarks.features times CUDA kernels; this machine has no GPU that torch can use")
     plan = Plan(rounds=options.rounds, slot_ms=6.0, max_seconds=20)
-    rows, promises = [], []
-    for make in CONTESTS:
-        if options.only and make.__name__ not in options.only:
-            continue
-        for head_dim in options.head_dims:
-            torch.manual_seed(0)
-            contest = make(head_dim, not options.no_flex)
-            screen.print(f"\n[bold]{contest.name}[/], {contest.shape}, head_dim {head_dim}", highlight=False)
-            contest_rows = measure(contest, device, plan)
-            for row in contest_rows:
-                time = tables.format_ms(row["ms"]) if row["ms"] is not None else row["error"]
-                screen.print(f"  {row['pass']:<9}{row['impl']:<32}{time:>12}  {row['check']}", highlight=False)
-            contest_promises = list(verdicts(contest, contest_rows))
-            for line in contest_promises:
-                ratio = "not run" if line["ratio"] is None else f"{line['ratio']:.2f}"
-                text = f"  {line['pass']:<9}{line['ours']} over {line['over']}: {ratio} for {line['at_least']}"
-                screen.print(text, highlight=False)
-            rows += contest_rows
-            promises += contest_promises
-            # A run that ends early leaves what it has measured.
-            timed, failed = record.split_rows(rows)
-            payload = {"promises": promises, "rows": timed, "not_timed": failed}
-            path = record.write_results("features", device, payload, options.output_dir)
-            del contest
-            torch.cuda.empty_cache()
+    chosen = [make for make in CONTESTS if not options.only or make.__name__ in options.only]
+    runs = [(make, head_dim, False) for make in chosen for head_dim in options.head_dims]
+    if not options.no_flex:  # last: what has been measured by then is kept if a compilation goes wrong
+        runs += [(make, head_dim, True) for make in chosen if make in WITH_FLEX for head_dim in options.head_dims]
+    results = {}
+    for make, head_dim, with_flex in runs:
+        torch.manual_seed(0)
+        contest = make(head_dim, with_flex)
+        screen.print(f"\n[bold]{contest.name}[/], {contest.shape}, head_dim {head_dim}", highlight=False)
+        rows = measure(contest, device, plan)
+        for row in rows:
+            time = tables.format_ms(row["ms"]) if row["ms"] is not None else row["error"]
+            screen.print(f"  {row['pass']:<9}{row['impl']:<32}{time:>12}  {row['check']}", highlight=False)
+        promises = list(verdicts(contest, rows))
+        for line in promises:
+            ratio = "not run" if line["ratio"] is None else f"{line['ratio']:.2f}"
+            text = f"  {line['pass']:<9}{line['ours']} over {line['over']}: {ratio} for {line['at_least']}"
+            screen.print(text, highlight=False)
+        results[make, head_dim] = rows, promises  # with FlexAttention in the place of without
+        timed, failed = record.split_rows([row for rows, _ in results.values() for row in rows])
+        payload = {"promises": [line for _, lines in results.values() for line in lines], "rows": timed}
+        path = record.write_results("features", device, payload | {"not_timed": failed}, options.output_dir)
+        del contest
+        torch.cuda.empty_cache()
     screen.print(f"\nresults: {path}", highlight=False)
     return 0
 
