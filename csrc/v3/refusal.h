@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
 #include <initializer_list>
 #include <string>
 
@@ -43,7 +44,6 @@ inline std::string lacks(const std::string& name) { return "has no kernels with 
 inline std::string general_refusal(const AttentionShape& shape, const GeneralParams& general) {
   if (general.sequences.is_packed()) return lacks("cu_seqlens_q");
   if (general.sequences.seqlens_k != nullptr) return lacks("seqlens_k");
-  if (general.mask.data != nullptr) return lacks("attn_mask");
   if (general.block_mask.data != nullptr) return lacks("block_mask");
   if (shape.head_dim > 128) {
     return "needs a head_dim of at most 128 with window, softcap, alibi_slopes or sinks, got " +
@@ -60,6 +60,7 @@ inline std::string refusal(const ForwardParams& p, int element_bytes, bool is_co
   if (!reason.empty() || !p.is_general) return reason;
   reason = general_refusal(p.shape, p.general);
   if (!reason.empty()) return reason;
+  if (p.general.mask.data != nullptr) return lacks("attn_mask");
   if (p.general.dropout.rng_state != nullptr) return lacks("dropout_p");
   // The powers of softmax_scale / softcap in its polynomial would leave fp32. See Softcap.
   const double softcap = p.general.softcap;
@@ -67,6 +68,36 @@ inline std::string refusal(const ForwardParams& p, int element_bytes, bool is_co
   if (softcap > 0.0 && p.softmax_scale != 0.0 && !(ratio >= 1e-4 && ratio <= 1e4)) {
     return "needs a softcap of 1e-4 to 1e4 times the scale, got " + std::to_string(softcap) +
            " with a scale of " + std::to_string(p.softmax_scale);
+  }
+  return {};
+}
+
+// Of an attn_mask that TMA is to copy.
+inline std::string mask_refusal(const AttentionShape& shape, const GeneralParams& general) {
+  const ScoreTensor& mask = general.mask;
+  if (general.mask_type == MaskType::kFloat) {
+    return "needs an attn_mask of the type of q or bool, got float32";
+  }
+  if (mask.key_stride != 1 && shape.seqlen_k > 1) return "needs an attn_mask dense along the keys";
+  const int64_t per_piece = general.mask_type == MaskType::kBool ? 16 : 8;
+  const bool is_aligned = reinterpret_cast<uintptr_t>(mask.data) % 16 == 0 &&
+                          mask.row_stride % per_piece == 0 && mask.head_stride % per_piece == 0 &&
+                          mask.batch_stride % per_piece == 0;
+  return is_aligned ? "" : "needs an attn_mask whose rows begin at multiples of 16 bytes";
+}
+
+// Of what its gradient is summed over.
+inline std::string dmask_refusal(const BackwardParams& p) {
+  const AttentionShape& s = p.shape;
+  const ScoreTensor& dmask = p.general_gradients.dmask;
+  if (dmask.data == nullptr) return {};
+  if (dmask.row_stride == 0 && s.seqlen_q > 1) {
+    return lacks("the gradient of an attn_mask that is broadcast over queries");
+  }
+  const bool is_summed =
+      (dmask.head_stride == 0 && s.heads_q > 1) || (dmask.batch_stride == 0 && s.batch > 1);
+  if (is_summed && p.deterministic) {
+    return lacks("a deterministic gradient of an attn_mask that is broadcast over heads or batch");
   }
   return {};
 }
@@ -90,6 +121,15 @@ inline std::string refusal(const BackwardParams& p, int element_bytes, bool is_c
   const double softcap = p.general.softcap;
   if (softcap > 0.0 && (softcap < kMinSoftcap || softcap > kMaxSoftcap)) {
     return "needs a softcap of 0.001 to 1000 in the backward, got " + std::to_string(softcap);
+  }
+  if (p.general.mask.data != nullptr) {
+    if (softcap > 0.0) return lacks("softcap and attn_mask in the backward");
+    if (p.general.alibi_slopes.data != nullptr) {
+      return lacks("alibi_slopes and attn_mask in the backward");
+    }
+    reason = mask_refusal(p.shape, p.general);
+    if (reason.empty()) reason = dmask_refusal(p);
+    if (!reason.empty()) return reason;
   }
   const Dropout& dropout = p.general.dropout;
   if (dropout.rng_state != nullptr) {

@@ -5,6 +5,7 @@
 #include "sm90/smem_tile.cuh"
 #include "v3/backward/general_params.cuh"
 #include "v3/backward/kernel_params.cuh"
+#include "v3/backward/mask_tiles.cuh"
 #include "v3/backward/workspace.h"
 
 namespace flash_ext::v3::backward {
@@ -22,6 +23,8 @@ struct alignas(16) TileWork {
 template <typename Scores>
 inline constexpr int general_v_steps(int head_dim) {
   if (Scores::kHasSoftcap) return 1;
+  if (Scores::kMask != MaskKind::kNone && Scores::kHasDropout) return head_dim == 128 ? 1 : 2;
+  if (Scores::kMask != MaskKind::kNone) return Scores::kMask == MaskKind::kBool ? 2 : 1;
   if (Scores::kHasDropout && head_dim == 128) return Scores::kHasAlibi ? 1 : 2;
   return head_dim == 128 && !Scores::kHasAlibi ? 3 : 2;
 }
@@ -34,6 +37,7 @@ struct Config {
   using Scores = Scores_;
   using Params = typename Scores::Params;
   static constexpr bool kIsGeneral = backward::kIsGeneral<Params>;
+  static constexpr bool kHasMask = Scores::kMask != MaskKind::kNone;
   static constexpr bool kIsDeterministic = kIsDeterministic_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kBlockM = backward_block_m(kHeadDim);
@@ -83,6 +87,7 @@ struct Config {
     sm90::RingBarriers<1> k_barriers, v_barriers, k_centred_barriers, gradient_barriers,
         dq_barriers;
     ptx::Mbarrier dq_sent;  // a tile's last dQ has left
+    MaskBarriers mask_barriers[kHasMask ? 1 : 0];
 
     __device__ GradientTile& dv(int warpgroup_idx) {
       if constexpr (kHasGradientRoom) return gradient[warpgroup_idx];

@@ -27,6 +27,7 @@ class Consumer {
   static constexpr int kBlockM = Config::kBlockM;
   static constexpr int kBlockN = Config::kBlockN;
   static constexpr int kHeadDim = Config::kHeadDim;
+  static constexpr MaskKind kMask = Scores::kMask;
   using Kept = KeptElements<Scores::kHasDropout ? kBlockM / 8 : 0>;
   template <int kSteps>
   using Rows = sm90::SmemTile<Element, 16 * kSteps, kHeadDim>;  // of a QTile
@@ -145,6 +146,8 @@ class Consumer {
         acc_dp, frag_v_, v_desc_, dout_desc_.template tile<QTile>(at_.stage).from_row(kFirstRow));
 
     if (kIsFirst) centre_keys();
+    SeenElements<kMask == MaskKind::kBool ? kRows / 8 : 0> seen;
+    if constexpr (kMask == MaskKind::kBool) seen = read_bool_mask_tile<kRows / 8>(kFirstRow);
     const auto& statistics = smem_.statistics[at_.stage];
     const bool is_plain = is_full(step) && statistics.has_huge == 0;
     ptx::wgmma_wait_group<1>();
@@ -153,6 +156,12 @@ class Consumer {
     const float* const delta = smem_.delta[at_.stage] + kFirstRow + first_col();
     const int row0 = step.row0 + kFirstRow;
     const float distance = first_distance(row0, step.key0);
+    if constexpr (kMask == MaskKind::kBool) hide_unseen(acc_s, seen, p_.scale.negate);
+    if constexpr (kMask == MaskKind::kFloat) {
+      await_mask();
+      add_mask(acc_s, smem_.ds[at_.stage], kFirstRow, 64 * warpgroup_idx_ + 16 * warp_idx_,
+               p_.mask_factor, lane_idx_);
+    }
     if constexpr (Scores::kHasSoftcap) {
       apply_tanh(acc_s, p_.tanh_exponent);
       if (!is_plain) hide_scores(acc_s, p_.band, kHiddenTanh, own_key(step.key0), own_row(row0));
@@ -171,9 +180,18 @@ class Consumer {
       sm90::pack_operand<Element>(frag_p, acc_s);
     } else {
       compute_ds<Scores::kHasDropout>(acc_dp, acc_s, delta);
+      if constexpr (kMask == MaskKind::kFloat) {
+        if (p_.dmask.data != nullptr) {
+          const int batch_idx = ptx::warp_uniform(tile().batch_idx);
+          const int head_idx = statistics.batch_head - batch_idx * p_.heads_q;
+          add_dmask(p_.dmask, acc_dp, batch_idx, head_idx, own_row(row0), own_key(step.key0),
+                    p_.band.seqlen_q, p_.band.seqlen_k);
+        }
+      }
     }
     sm90::pack_operand<Element>(frag_ds, acc_dp);
     if (kIsFirst) await_gradient_sent();  // dV lies there
+    await_mask_read();
     if constexpr (kFirstRow > 0) {
       const uint32_t zeros[kFirstRow / 16][4] = {};
       store_ds(zeros, 0);
@@ -205,6 +223,9 @@ class Consumer {
     }
     const uint32_t frag_ds[kBlockM / 16][4] = {};
     await_gradient_sent();
+    if constexpr (Config::kHasMask) await_mask();
+    if constexpr (kMask == MaskKind::kBool) arrive_mask_read();
+    await_mask_read();
     store_ds(frag_ds, 0);
     stage_dk();
     clear(acc_dk_);
@@ -279,6 +300,29 @@ class Consumer {
             ptx::warp_uniform(tile().m_begin) * kBlockM, past_last_row()};
   }
 
+  // See mask_tiles.cuh.
+  __device__ __forceinline__ void await_mask() {
+    sm90::wait_full(smem_.mask_barriers[0].tiles, at_);
+  }
+  template <int kN>
+  __device__ __forceinline__ SeenElements<kN> read_bool_mask_tile(int first_row) {
+    await_mask();
+    const auto seen = read_bool_mask<kN>(smem_.ds[at_.stage].slab(warpgroup_idx_), first_row,
+                                         warp_idx_, lane_idx_);
+    arrive_mask_read();
+    return seen;
+  }
+  __device__ __forceinline__ void arrive_mask_read() {
+    __syncwarp();
+    if (lane_idx_ == 0) ptx::mbarrier_arrive(smem_.mask_barriers[0].read[warpgroup_idx_]);
+  }
+  // One phase a step.
+  __device__ __forceinline__ void await_mask_read() {
+    if constexpr (kMask == MaskKind::kBool) {
+      ptx::mbarrier_wait(smem_.mask_barriers[0].read[warpgroup_idx_], at_.stage);
+    }
+  }
+
   // The few scores that need more than recompute_p(), in one branch: it then schedules better.
   // `row0`, `key0`: the first query and the first key of this warpgroup.
   template <int kN>
@@ -319,6 +363,11 @@ class Consumer {
                                     k_centred_desc_);
     }
     ptx::wgmma_wait_group<0>();
+    if constexpr (Config::kHasMask) {
+      if (lane_idx_ == 0) {
+        ptx::mbarrier_arrive(smem_.mask_barriers[0].tiles.empty[at_.stage]);
+      }
+    }
     ptx::mbarrier_wait(smem_.dq_barriers.empty[0], at_.stage ^ 1);  // one phase a step
     if (is_first) await_gradient_sent();                            // dK lies there
 #pragma unroll

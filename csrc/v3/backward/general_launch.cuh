@@ -35,6 +35,12 @@ GeneralKernelParams make_general_params(const BackwardParams& params) {
   p.tanh_exponent = p.has_softcap
                         ? static_cast<float>(2.0 * kLog2e * params.softmax_scale / general.softcap)
                         : 0.f;
+  if (general.mask.data != nullptr) {
+    p.mask_map = sm90::make_score_map<typename Config::Element>(
+        general.mask, general.mask_type == MaskType::kBool, params.shape, Config::kBlockM);
+  }
+  p.mask_factor = static_cast<float>(1.0 / scale);
+  p.dmask = params.general_gradients.dmask;
   p.dropout = general.dropout;
   p.weight_factor = general.dropout.weight_factor();
   p.inverse_weight_factor = 1.f / p.weight_factor;
@@ -56,6 +62,14 @@ void launch_general(const BackwardParams& params, cudaStream_t stream) {
                 "the v3 backward's dsinks kernel", sum, s);
 }
 
+template <typename Element, int kHeadDim, MaskKind kMask>
+void launch_masked(const BackwardParams& params, cudaStream_t stream) {
+  params.general.dropout.rng_state != nullptr
+      ? launch_general<Element, kHeadDim, GeneralScores<false, false, true, kMask>>(params, stream)
+      : launch_general<Element, kHeadDim, GeneralScores<false, false, false, kMask>>(params,
+                                                                                     stream);
+}
+
 }  // namespace v3::backward
 
 // As launch_backward_v3, for calls that v3::refusal() accepts.
@@ -67,6 +81,10 @@ void launch_general_backward_v3(const BackwardParams& call, CudaStream stream) {
   if (params.general.softcap > 0.0) {
     has_alibi ? launch_general<Element, kHeadDim, GeneralScores<true, true>>(params, stream)
               : launch_general<Element, kHeadDim, GeneralScores<true, false>>(params, stream);
+  } else if (params.general.mask.data != nullptr) {
+    params.general.mask_type == MaskType::kBool
+        ? launch_masked<Element, kHeadDim, MaskKind::kBool>(params, stream)
+        : launch_masked<Element, kHeadDim, MaskKind::kFloat>(params, stream);
   } else if (params.general.dropout.rng_state != nullptr) {
     has_alibi
         ? launch_general<Element, kHeadDim, GeneralScores<false, true, true>>(params, stream)

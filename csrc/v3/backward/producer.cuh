@@ -47,10 +47,18 @@ class Producer {
         if (!may_read_statistics_) ptx::griddepcontrol_wait();
         may_read_statistics_ = true;
         if (is_first) load_key_mean(tile);
-        is_first = false;
         load_statistics(tile, head_idx, m_block);
+        if constexpr (Config::kHasMask) {
+          if (is_first) await_dv_sent(round);
+          load_mask<Config::Scores::kMask>(smem_.ds[at_.stage], p_.mask_map, smem_.mask_barriers[0],
+                                           at_, tile.n_block * Config::kBlockN, m_block * kBlockM,
+                                           head_idx, tile.batch_idx);
+        }
+        is_first = false;
         at_.advance();
       });
+      // Each phase is waited for, or a later one could be taken for it.
+      if (Config::kHasMask && is_first && is_valid) await_dv_sent(round);
     }
     ptx::griddepcontrol_launch_dependents();
   }
@@ -108,6 +116,13 @@ class Producer {
     const int64_t head = int64_t{tile.batch_idx} * p_.heads_kv + tile.kv_head_idx;
     ptx::bulk_load(smem_.key_mean, p_.key_mean + head * Config::kHeadDim, sizeof(smem_.key_mean),
                    smem_.k_barriers.full[0]);
+  }
+
+  // Of the tile before, where dV leaves through the buffers of dS.
+  __device__ __forceinline__ void await_dv_sent(int round) {
+    if constexpr (Config::kHasMask && !Config::kHasGradientRoom) {
+      if (round > 0) ptx::mbarrier_wait(smem_.mask_barriers[0].dv_sent, (round - 1) & 1);
+    }
   }
 
   __device__ __forceinline__ void load_statistics(const TileWork& tile, int head_idx, int m_block) {
@@ -187,6 +202,9 @@ __device__ __forceinline__ void send_gradients(typename Config::SharedStorage& s
         }
         ptx::tma_store_commit_group();
         ptx::tma_store_wait_read();
+      }
+      if constexpr (Config::kHasMask && !Config::kHasGradientRoom) {
+        if (is_dv) ptx::mbarrier_arrive(smem.mask_barriers[0].dv_sent);
       }
       ptx::mbarrier_arrive(smem.gradient_barriers.empty[0]);
       gradient_at.advance();
