@@ -1,4 +1,4 @@
-// What the v3 backward needs to know of window, softcap, ALiBi, sinks and dropout
+// What the v3 backward needs to know of window, softcap, ALiBi, sinks, attn_mask and dropout
 // (common/general.h).
 //
 // The main kernel computes weights as exp2(x * scale.log2 - L), with x as the products Q K^T come.
@@ -30,10 +30,14 @@ struct GeneralKernelParams : KernelParams {
   Dropout dropout;
   // Of Dropout::weight_factor(); without dropout 0, 1 and 1. See dropout.cuh.
   float weight_log2, weight_factor, inverse_weight_factor;
+  CUtensorMap mask_map;  // of a mask
+  ScoreTensor dmask;     // data == nullptr: not asked for
 };
 
 template <typename Params>
 inline constexpr bool kIsGeneral = std::is_same_v<Params, GeneralKernelParams>;
+
+enum class MaskKind { kNone, kBool, kFloat };  // float: of the type of q
 
 // What a main kernel does to scores, at compile time: every step costs registers.
 struct PlainScores {
@@ -41,15 +45,18 @@ struct PlainScores {
   static constexpr bool kHasSoftcap = false;
   static constexpr bool kHasAlibi = false;
   static constexpr bool kHasDropout = false;
+  static constexpr MaskKind kMask = MaskKind::kNone;
 };
 
 // A band of any window, too.
-template <bool kHasSoftcap_, bool kHasAlibi_, bool kHasDropout_ = false>
+template <bool kHasSoftcap_, bool kHasAlibi_, bool kHasDropout_ = false,
+          MaskKind kMask_ = MaskKind::kNone>
 struct GeneralScores {
   using Params = GeneralKernelParams;
   static constexpr bool kHasSoftcap = kHasSoftcap_;
   static constexpr bool kHasAlibi = kHasAlibi_;
   static constexpr bool kHasDropout = kHasDropout_;
+  static constexpr MaskKind kMask = kMask_;
 };
 
 __device__ __forceinline__ const Mask& mask_of(const KernelParams& p) { return p.mask; }

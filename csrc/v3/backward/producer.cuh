@@ -39,13 +39,14 @@ class Producer {
     for (int round = 0; is_valid; ++round) {
       const Tile tile = p_.schedule.tile(round);
       if constexpr (Config::kIsGeneral) {
-        load_steps(tile);
+        load_steps(tile, round);
       } else {
         const TileWork work =
             announce(tile, query_blocks(p_.mask, tile.n_block * Config::kBlockN, Config::kBlockM));
         bool is_first = true;
         for_each_step(p_, work, [&](int head_idx, int m_block) {
           load_step(work, head_idx, m_block, is_first);
+          at_.advance();
           is_first = false;
         });
       }
@@ -59,13 +60,15 @@ class Producer {
  private:
   // Of a general kernel's tile. Whether there is a step, and whether it is the last, is known once
   // the next one has been looked for.
-  __device__ __forceinline__ void load_steps(const Tile& tile) {
+  __device__ __forceinline__ void load_steps(const Tile& tile, int round) {
     const int key0 = tile.n_block * Config::kBlockN;
     const int last_key = min(key0 + Config::kBlockN, p_.band.seqlen_k) - 1;
     BlockRange blocks = query_blocks(p_.band, key0, last_key, kBlockM);
     if (!tile.is_valid) blocks.end = blocks.begin;
     StepWalk<kBlockM> walk(p_, tile.batch_idx, tile.kv_head_idx, tile.n_block, blocks);
     auto step = walk.next();
+    // Each phase is waited for before there can be another. With steps, before the first's mask.
+    if (!step.exists && tile.is_valid) await_dv_sent(round);
     const TileWork work = announce(tile, {0, step.exists});
     bool is_first = true;
 #pragma unroll 1
@@ -77,6 +80,13 @@ class Producer {
           row_block(p_, tile.batch_idx, step.head_idx, step.m_block), next.m_block * kBlockM,
           tile.batch_idx * p_.heads_q + next.head_idx};
       load_step(work, step.head_idx, step.m_block, is_first);
+      if constexpr (Config::kHasMask) {
+        if (is_first) await_dv_sent(round);
+        load_mask<Config::Scores::kMask>(smem_.ds[at_.stage], p_.mask_map, smem_.mask_barriers[0],
+                                         at_, tile.n_block * Config::kBlockN,
+                                         step.m_block * kBlockM, step.head_idx, tile.batch_idx);
+      }
+      at_.advance();
       is_first = false;
       step = next;
     }
@@ -91,7 +101,6 @@ class Producer {
     may_read_statistics_ = true;
     if (is_first) load_key_mean(tile);
     load_statistics(tile, head_idx, m_block);
-    at_.advance();
   }
 
   __device__ __forceinline__ TileWork announce(const Tile& tile, BlockRange blocks) {
@@ -134,6 +143,13 @@ class Producer {
     const int64_t head = int64_t{tile.batch_idx} * p_.heads_kv + tile.kv_head_idx;
     ptx::bulk_load(smem_.key_mean, p_.key_mean + head * Config::kHeadDim, sizeof(smem_.key_mean),
                    smem_.k_barriers.full[0]);
+  }
+
+  // Of the tile before, where dV leaves through the buffers of dS.
+  __device__ __forceinline__ void await_dv_sent(int round) {
+    if constexpr (Config::kHasMask && !Config::kHasGradientRoom) {
+      if (round > 0) ptx::mbarrier_wait(smem_.mask_barriers[0].dv_sent, (round - 1) & 1);
+    }
   }
 
   __device__ __forceinline__ void load_statistics(const TileWork& tile, int head_idx, int m_block) {
@@ -251,6 +267,9 @@ __device__ __forceinline__ void send_gradients(typename Config::SharedStorage& s
         }
         ptx::tma_store_commit_group();
         ptx::tma_store_wait_read();
+      }
+      if constexpr (Config::kHasMask && !Config::kHasGradientRoom) {
+        if (is_dv) ptx::mbarrier_arrive(smem.mask_barriers[0].dv_sent);
       }
       ptx::mbarrier_arrive(smem.gradient_barriers.empty[0]);
       gradient_at.advance();
