@@ -31,8 +31,8 @@ inline auto tensor_map_encoder() {
 }
 
 // A map of a (batch, heads, seqlen, head_dim) tensor for copies of boxes of `box_rows` rows and 128
-// bytes, one slab of an sm90::SmemTile, or 64. Coordinates are (column, row, head, batch). Bytes may
-// stand for elements of one.
+// bytes, one slab of an sm90::SmemTile, or 64. Coordinates are (column, row, head, batch). Bytes
+// may stand for elements of one.
 template <typename Element, int kRowBytes = 128>
 CUtensorMap make_tensor_map(const TensorView& view, int64_t batch, int64_t heads, int64_t seqlen,
                             int64_t head_dim, int box_rows) {

@@ -275,8 +275,8 @@ class Consumer {
   }
   __device__ __forceinline__ auto step_mask() const {
     if constexpr (Config::kHasMask) {
-      return StepMask<kMask, DsTile>{smem_.ds[at_.stage], smem_.mask_barriers[0], at_,
-                                     warpgroup_idx_,      warp_idx_,              lane_idx_};
+      return StepMask<kMask, DsTile>{
+          smem_.ds[at_.stage], smem_.mask_barriers[0], at_, warpgroup_idx_, warp_idx_, lane_idx_};
     } else {
       return NoStepMask{};
     }

@@ -43,7 +43,7 @@ GeneralKernelParams make_general_params(const BackwardParams& params) {
   p.has_softcap = general.softcap > 0.0;
   // See general_params.cuh. A scale of 0 is not divided by: see softmax_scale_log2().
   const double scale = params.softmax_scale == 0.0 ? 1e-30 : params.softmax_scale;
-  p.scale = SoftmaxScale(p.has_softcap                             ? general.softcap
+  p.scale = SoftmaxScale(p.has_softcap                               ? general.softcap
                          : Config::Scores::kMask == MaskKind::kFloat ? 1.0
                                                                      : scale);
   p.slope_factor = static_cast<float>(p.has_softcap ? -kLog2e : -1.0 / scale);

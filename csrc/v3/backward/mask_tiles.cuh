@@ -59,8 +59,8 @@ __device__ __forceinline__ void load_mask(DsTile& ds, const CUtensorMap& map, Ma
 
 // ---- float masks -------------------------------------------------------------------------------
 
-// x * scale + mask in place of a warp's x, in natural units: masks may be as large as numbers get. Of
-// its keys from column `col` of the tile on, and the queries from `first_row` on.
+// x * scale + mask in place of a warp's x, in natural units: masks may be as large as numbers get.
+// Of its keys from column `col` of the tile on, and the queries from `first_row` on.
 template <typename DsTile, int kN>
 __device__ __forceinline__ void add_mask(float (&acc_s)[kN][4], const DsTile& tile, int first_row,
                                          int col, float scale, int lane_idx) {

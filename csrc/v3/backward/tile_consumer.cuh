@@ -10,8 +10,8 @@ class TileConsumer : public Consumer<Config> {
   using Base = Consumer<Config>;
   using Base::acc_dk_, Base::acc_dv_, Base::at_, Base::holds_dk_, Base::kept_, Base::kv_at_,
       Base::lane_idx_, Base::p_, Base::smem_, Base::tile_at_, Base::warpgroup_idx_;
-  using Base::announced, Base::skip, Base::skip_first, Base::stage_dk,
-      Base::stage_gradient, Base::tile;
+  using Base::announced, Base::skip, Base::skip_first, Base::stage_dk, Base::stage_gradient,
+      Base::tile;
   using typename Base::Step;
   static constexpr int kBlockM = Config::kBlockM;
   static constexpr int kBlockN = Config::kBlockN;
