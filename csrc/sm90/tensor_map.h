@@ -31,9 +31,9 @@ inline auto tensor_map_encoder() {
 }
 
 // A map of a (batch, heads, seqlen, head_dim) tensor for copies of boxes of `box_rows` rows and 128
-// bytes, one slab of an sm90::SmemTile. Coordinates are (column, row, head, batch). Bytes may stand
-// for elements of one.
-template <typename Element>
+// bytes, one slab of an sm90::SmemTile, or 64. Coordinates are (column, row, head, batch). Bytes
+// may stand for elements of one.
+template <typename Element, int kRowBytes = 128>
 CUtensorMap make_tensor_map(const TensorView& view, int64_t batch, int64_t heads, int64_t seqlen,
                             int64_t head_dim, int box_rows) {
   constexpr auto kType = std::is_same_v<Element, bool>     ? CU_TENSOR_MAP_DATA_TYPE_UINT8
@@ -47,12 +47,15 @@ CUtensorMap make_tensor_map(const TensorView& view, int64_t batch, int64_t heads
   const cuuint64_t sizes[4] = {size(head_dim), size(seqlen), size(heads), size(batch)};
   const cuuint64_t strides[3] = {bytes(view.row_stride, seqlen), bytes(view.head_stride, heads),
                                  bytes(view.batch_stride, batch)};
-  const cuuint32_t box[4] = {128 / sizeof(Element), static_cast<cuuint32_t>(box_rows), 1, 1};
+  const cuuint32_t box[4] = {kRowBytes / sizeof(Element), static_cast<cuuint32_t>(box_rows), 1, 1};
+  static_assert(kRowBytes == 128 || kRowBytes == 64);
+  constexpr auto kSwizzle =
+      kRowBytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B;
   const cuuint32_t every_element[4] = {1, 1, 1, 1};
   CUtensorMap map;
   const auto encode = [&] {
     return tensor_map_encoder()(&map, kType, 4, view.data, sizes, strides, box, every_element,
-                                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                CU_TENSOR_MAP_INTERLEAVE_NONE, kSwizzle,
                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                                 CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   };

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
 #include <initializer_list>
 #include <string>
 
@@ -54,7 +55,7 @@ inline std::string general_refusal(const AttentionShape& shape, const GeneralPar
   return {};
 }
 
-// Of the forward, which fetches masks by TMA.
+// Masks come by TMA.
 inline std::string mask_refusal(const AttentionShape& shape, const GeneralParams& general) {
   const ScoreTensor& mask = general.mask;
   if (mask.data == nullptr) return {};
@@ -98,6 +99,22 @@ inline std::string refusal(const ForwardParams& p, int element_bytes, bool is_co
   return {};
 }
 
+// Of what the gradient of an attn_mask is summed over.
+inline std::string dmask_refusal(const BackwardParams& p) {
+  const AttentionShape& s = p.shape;
+  const ScoreTensor& dmask = p.general_gradients.dmask;
+  if (dmask.data == nullptr) return {};
+  if (dmask.row_stride == 0 && s.seqlen_q > 1) {
+    return lacks("the gradient of an attn_mask that is broadcast over queries");
+  }
+  const bool is_summed =
+      (dmask.head_stride == 0 && s.heads_q > 1) || (dmask.batch_stride == 0 && s.batch > 1);
+  if (is_summed && p.deterministic) {
+    return lacks("a deterministic gradient of an attn_mask that is broadcast over heads or batch");
+  }
+  return {};
+}
+
 // The exp2 of a tanh errs by about 2^-22: times more than this it would show in weights. Below the
 // least the cap of what the mask hides would be too small.
 inline constexpr double kMinSoftcap = 1e-3;
@@ -118,13 +135,24 @@ inline std::string refusal(const BackwardParams& p, int element_bytes, bool is_c
   }
   reason = general_refusal(p.shape, p.general);
   if (!reason.empty()) return reason;
-  if (p.general.mask.data != nullptr) return lacks("attn_mask");
   if (p.general_gradients.dslopes.data != nullptr) {
     return lacks("the gradient of alibi_slopes");
   }
   const double softcap = p.general.softcap;
   if (softcap > 0.0 && (softcap < kMinSoftcap || softcap > kMaxSoftcap)) {
     return "needs a softcap of 0.001 to 1000 in the backward, got " + std::to_string(softcap);
+  }
+  if (p.general.mask.data != nullptr) {
+    if (has_own_lengths(p.general.sequences)) {
+      return lacks("attn_mask and lengths of batch entries in the backward");
+    }
+    if (softcap > 0.0) return lacks("softcap and attn_mask in the backward");
+    if (p.general.alibi_slopes.data != nullptr) {
+      return lacks("alibi_slopes and attn_mask in the backward");
+    }
+    reason = mask_refusal(p.shape, p.general);
+    if (reason.empty()) reason = dmask_refusal(p);
+    if (!reason.empty()) return reason;
   }
   const Dropout& dropout = p.general.dropout;
   if (dropout.rng_state != nullptr) {

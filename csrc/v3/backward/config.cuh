@@ -5,6 +5,7 @@
 #include "sm90/smem_tile.cuh"
 #include "v3/backward/general_params.cuh"
 #include "v3/backward/kernel_params.cuh"
+#include "v3/backward/mask_tiles.cuh"
 #include "v3/backward/steps.cuh"
 #include "v3/backward/workspace.h"
 
@@ -33,6 +34,8 @@ struct alignas(16) GeneralTileWork : TileWork {
 template <typename Scores>
 inline constexpr int general_v_steps(int head_dim) {
   if (Scores::kHasSoftcap) return 1;
+  if (Scores::kMask != MaskKind::kNone && Scores::kHasDropout) return 1;
+  if (Scores::kMask != MaskKind::kNone) return Scores::kMask == MaskKind::kBool ? 2 : 1;
   if (Scores::kHasDropout) return Scores::kHasAlibi ? 1 : 2;
   return head_dim == 128 && !Scores::kHasAlibi ? 3 : 2;
 }
@@ -46,6 +49,7 @@ struct Config {
   using Params = typename Scores::Params;
   static constexpr bool kIsGeneral = backward::kIsGeneral<Params>;
   using Work = std::conditional_t<kIsGeneral, GeneralTileWork, TileWork>;
+  static constexpr bool kHasMask = Scores::kMask != MaskKind::kNone;
   static constexpr bool kIsDeterministic = kIsDeterministic_;
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr int kBlockM = backward_block_m(kHeadDim);
@@ -65,7 +69,8 @@ struct Config {
                                                                         : 3;
   // Registers of a thread: a launch gives every thread 65,536 / 384, rounded down to a multiple of
   // 8, and no more can be moved from the producer to the consumers.
-  static constexpr bool kNeedsAll = kVSteps == 5 || Scores::kHasSoftcap || Scores::kHasDropout;
+  static constexpr bool kNeedsAll =
+      kVSteps == 5 || Scores::kHasSoftcap || Scores::kHasDropout || kHasMask;
   static constexpr int kProducerRegisters = kNeedsAll ? 24 : 40;
   static constexpr int kConsumerRegisters = kNeedsAll ? 240 : 232;
   static_assert(kProducerRegisters + kConsumers * kConsumerRegisters <= 3 * 168);
@@ -97,6 +102,7 @@ struct Config {
         dq_barriers;
     ptx::Mbarrier dq_sent;  // a tile's last dQ has left
     StepWork steps[kIsGeneral ? StepWork::kSlots : 0];
+    MaskBarriers mask_barriers[kHasMask ? 1 : 0];
 
     __device__ GradientTile& dv(int warpgroup_idx) {
       if constexpr (kHasGradientRoom) return gradient[warpgroup_idx];

@@ -1,8 +1,6 @@
 // A consumer warpgroup: 64 keys, all queries that see them, one tile after another.
 #pragma once
 
-#include <type_traits>
-
 #include "ptx/stmatrix.cuh"
 #include "ptx/warpgroup.cuh"
 #include "sm90/copy_tile.cuh"
@@ -11,7 +9,6 @@
 #include "v3/backward/config.cuh"
 #include "v3/backward/dropout.cuh"
 #include "v3/backward/general_scores.cuh"
-#include "v3/backward/scores.cuh"
 
 namespace flash_ext::v3::backward {
 
@@ -27,6 +24,7 @@ class Consumer {
   static constexpr int kBlockM = Config::kBlockM;
   static constexpr int kBlockN = Config::kBlockN;
   static constexpr int kHeadDim = Config::kHeadDim;
+  static constexpr MaskKind kMask = Scores::kMask;
   template <int kSteps>
   using Rows = sm90::SmemTile<Element, 16 * kSteps, kHeadDim>;  // of a QTile
 
@@ -110,6 +108,8 @@ class Consumer {
         acc_dp, frag_v_, v_desc_, dout_desc_.template tile<QTile>(at_.stage).from_row(kFirstRow));
 
     if (kIsFirst) centre_keys();
+    const auto mask = step_mask();
+    const auto seen = mask.template read<kRows / 8>(kFirstRow);
     const auto& statistics = smem_.statistics[at_.stage];
     const bool is_plain = is_full(step) && statistics.has_huge == 0;
     ptx::wgmma_wait_group<1>();
@@ -117,6 +117,7 @@ class Consumer {
     const float* const lse_log2 = statistics.lse_log2 + kFirstRow + first_col();
     const float* const delta = smem_.delta[at_.stage] + kFirstRow + first_col();
     const float distance = first_distance(step, kFirstRow);
+    mask.apply(acc_s, seen, kFirstRow, p_.scale.negate, p_.softmax_scale);
     if constexpr (Scores::kHasSoftcap) {
       apply_tanh(acc_s, p_.tanh_exponent);
       if (!is_plain) {
@@ -138,9 +139,11 @@ class Consumer {
       sm90::pack_operand<Element>(frag_p, acc_s);
     } else {
       compute_ds<Scores::kHasDropout>(acc_dp, acc_s, delta);
+      if constexpr (kMask == MaskKind::kFloat) add_to_dmask(acc_dp, step, kFirstRow);
     }
     sm90::pack_operand<Element>(frag_ds, acc_dp);
     if (kIsFirst) await_gradient_sent();  // dV lies there
+    mask.await_read();
     if constexpr (kFirstRow > 0) {
       const uint32_t zeros[kFirstRow / 16][4] = {};
       store_ds(zeros, 0);
@@ -172,6 +175,7 @@ class Consumer {
     }
     const uint32_t frag_ds[kBlockM / 16][4] = {};
     await_gradient_sent();
+    step_mask().skip();
     store_ds(frag_ds, 0);
     stage_dk();
     clear(acc_dk_);
@@ -186,6 +190,7 @@ class Consumer {
       ptx::mbarrier_arrive(smem_.v_barriers.empty[0]);
     }
     const uint32_t frag_ds[kBlockM / 16][4] = {};
+    step_mask().skip();
     store_ds(frag_ds, 0);
     announce_ds();
     if (!is_last) draw_next();
@@ -268,21 +273,22 @@ class Consumer {
       kept_ = draw(announced().next_row0, announced().next_batch_head);
     }
   }
-  // Of a tile's first step; returns the second's, which is of no use if there is none.
-  __device__ __forceinline__ Kept draw_first_two() {
-    Kept last{};
-    if constexpr (Scores::kHasDropout) {
-      int row0 = announced().row0;
-      int batch_head = smem_.statistics[at_.stage].batch_head;
-#pragma unroll 1
-      for (int i = 0; i < 2; ++i) {
-        kept_ = last;
-        last = draw(row0, batch_head);
-        row0 = announced().next_row0;
-        batch_head = announced().next_batch_head;
-      }
+  __device__ __forceinline__ auto step_mask() const {
+    if constexpr (Config::kHasMask) {
+      return StepMask<kMask, DsTile>{
+          smem_.ds[at_.stage], smem_.mask_barriers[0], at_, warpgroup_idx_, warp_idx_, lane_idx_};
+    } else {
+      return NoStepMask{};
     }
-    return last;
+  }
+  template <int kN>
+  __device__ __forceinline__ void add_to_dmask(const float (&acc_ds)[kN][4], const Step& step,
+                                               int first_row) const {
+    if (p_.dmask.data == nullptr) return;
+    const int batch_idx = ptx::warp_uniform(tile().batch_idx);
+    const int head_idx = smem_.statistics[at_.stage].batch_head - batch_idx * p_.heads_q;
+    add_dmask(p_.dmask, acc_ds, batch_idx, head_idx, own_row(step, first_row), own_key(step),
+              p_.band.seqlen_q, p_.band.seqlen_k);
   }
 
   // The few scores that need more than recompute_p(), in one branch: it then schedules better.
@@ -326,6 +332,7 @@ class Consumer {
                                     k_centred_desc_);
     }
     ptx::wgmma_wait_group<0>();
+    step_mask().release();
     ptx::mbarrier_wait(smem_.dq_barriers.empty[0], at_.stage ^ 1);  // one phase a step
     if (is_first) await_gradient_sent();                            // dK lies there
 #pragma unroll

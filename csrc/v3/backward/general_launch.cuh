@@ -17,6 +17,18 @@ inline BackwardParams without_band(BackwardParams params) {
   return params;
 }
 
+// Of the mask's own strides: 0 where it is broadcast.
+template <typename Config>
+CUtensorMap make_mask_map(const ScoreTensor& mask, const AttentionShape& s) {
+  using Element = typename Config::Element;
+  const TensorView view{mask.data, mask.batch_stride, mask.head_stride, mask.row_stride};
+  const auto make = [&](auto encode) {
+    return encode(view, s.batch, s.heads_q, s.seqlen_q, s.seqlen_k, Config::kBlockM);
+  };
+  return Config::Scores::kMask == MaskKind::kBool ? make(sm90::make_tensor_map<bool, 64>)
+                                                  : make(sm90::make_tensor_map<Element>);
+}
+
 template <typename Config>
 GeneralKernelParams make_general_params(const BackwardParams& params) {
   const GeneralParams& general = params.general;
@@ -49,11 +61,17 @@ GeneralKernelParams make_general_params(const BackwardParams& params) {
   p.has_softcap = general.softcap > 0.0;
   // See general_params.cuh. A scale of 0 is not divided by: see softmax_scale_log2().
   const double scale = params.softmax_scale == 0.0 ? 1e-30 : params.softmax_scale;
-  p.scale = SoftmaxScale(p.has_softcap ? general.softcap : scale);
+  p.scale = SoftmaxScale(p.has_softcap                               ? general.softcap
+                         : Config::Scores::kMask == MaskKind::kFloat ? 1.0
+                                                                     : scale);
   p.slope_factor = static_cast<float>(p.has_softcap ? -kLog2e : -1.0 / scale);
   p.tanh_exponent = p.has_softcap
                         ? static_cast<float>(2.0 * kLog2e * params.softmax_scale / general.softcap)
                         : 0.f;
+  if (Config::kHasMask) {
+    p.mask_map = make_mask_map<Config>(general.mask, params.shape);
+  }
+  p.dmask = params.general_gradients.dmask;
   p.dropout = general.dropout;
   p.weight_factor = general.dropout.weight_factor();
   p.inverse_weight_factor = 1.f / p.weight_factor;
@@ -80,6 +98,14 @@ void launch_general(const BackwardParams& params, cudaStream_t stream) {
                 "the v3 backward's dsinks kernel", sum, s);
 }
 
+template <typename Element, int kHeadDim, MaskKind kMask>
+void launch_masked(const BackwardParams& params, cudaStream_t stream) {
+  params.general.dropout.rng_state != nullptr
+      ? launch_general<Element, kHeadDim, GeneralScores<false, false, true, kMask>>(params, stream)
+      : launch_general<Element, kHeadDim, GeneralScores<false, false, false, kMask>>(params,
+                                                                                     stream);
+}
+
 }  // namespace v3::backward
 
 // As launch_backward_v3, for calls that v3::refusal() accepts.
@@ -91,6 +117,10 @@ void launch_general_backward_v3(const BackwardParams& call, CudaStream stream) {
   if (params.general.softcap > 0.0) {
     has_alibi ? launch_general<Element, kHeadDim, GeneralScores<true, true>>(params, stream)
               : launch_general<Element, kHeadDim, GeneralScores<true, false>>(params, stream);
+  } else if (params.general.mask.data != nullptr) {
+    params.general.mask_type == MaskType::kBool
+        ? launch_masked<Element, kHeadDim, MaskKind::kBool>(params, stream)
+        : launch_masked<Element, kHeadDim, MaskKind::kFloat>(params, stream);
   } else if (params.general.dropout.rng_state != nullptr) {
     has_alibi
         ? launch_general<Element, kHeadDim, GeneralScores<false, true, true>>(params, stream)

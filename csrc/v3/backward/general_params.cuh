@@ -40,6 +40,8 @@ struct GeneralKernelParams : KernelParams {
   Dropout dropout;
   // Of Dropout::weight_factor(); without dropout 0, 1 and 1. See dropout.cuh.
   float weight_log2, weight_factor, inverse_weight_factor;
+  CUtensorMap mask_map;  // of a mask
+  ScoreTensor dmask;     // data == nullptr: not asked for
   Sequences sequences;
   EntryTables entries;
   bool is_top_left;    // the band's diagonal begins in that corner, whatever the lengths
@@ -50,21 +52,26 @@ struct GeneralKernelParams : KernelParams {
 template <typename Params>
 inline constexpr bool kIsGeneral = std::is_same_v<Params, GeneralKernelParams>;
 
+enum class MaskKind { kNone, kBool, kFloat };  // float: of the type of q
+
 // What a main kernel does to scores, at compile time: every step costs registers.
 struct PlainScores {
   using Params = KernelParams;
   static constexpr bool kHasSoftcap = false;
   static constexpr bool kHasAlibi = false;
   static constexpr bool kHasDropout = false;
+  static constexpr MaskKind kMask = MaskKind::kNone;
 };
 
 // A band of any window, too.
-template <bool kHasSoftcap_, bool kHasAlibi_, bool kHasDropout_ = false>
+template <bool kHasSoftcap_, bool kHasAlibi_, bool kHasDropout_ = false,
+          MaskKind kMask_ = MaskKind::kNone>
 struct GeneralScores {
   using Params = GeneralKernelParams;
   static constexpr bool kHasSoftcap = kHasSoftcap_;
   static constexpr bool kHasAlibi = kHasAlibi_;
   static constexpr bool kHasDropout = kHasDropout_;
+  static constexpr MaskKind kMask = kMask_;
 };
 
 // `tile`: as it is announced.

@@ -49,6 +49,7 @@
 //   dQ full / empty            the owner's warps / its thread     its thread / the next owner
 //   dQ sent                    its thread, at the end of a tile   consumers that leave dK there
 //   named 1, 2                 consumers: dS is in shared memory  consumers that need it for dQ
+// and those of mask_tiles.cuh.
 #pragma once
 
 #include "v3/backward/producer.cuh"
@@ -72,6 +73,7 @@ __global__ void __launch_bounds__(Config::kNumThreads, 1)
     smem.gradient_barriers.init(kConsumerWarps, 1);
     smem.dq_barriers.init(4, 1);
     ptx::mbarrier_init(smem.dq_sent, 1);
+    if constexpr (Config::kHasMask) smem.mask_barriers[0].init();
     ptx::mbarrier_init_fence();
   }
   __syncthreads();

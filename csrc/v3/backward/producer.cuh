@@ -41,7 +41,7 @@ class Producer {
     for (int round = 0; is_valid; ++round) {
       if constexpr (Config::kIsGeneral) {
         const Work tile = take_tile<Config>(p_, round);
-        load_steps(tile);
+        load_steps(tile, round);
         is_valid = tile.is_valid;
       } else {
         const Tile tile = p_.schedule.tile(round);
@@ -50,6 +50,7 @@ class Producer {
         bool is_first = true;
         for_each_step(p_, work, [&](int head_idx, int m_block) {
           load_step(work, head_idx, m_block, is_first);
+          at_.advance();
           is_first = false;
         });
         is_valid = tile.is_valid;
@@ -63,7 +64,7 @@ class Producer {
  private:
   // Of a general kernel's tile. Whether there is a step, and whether it is the last, is known once
   // the next one has been looked for.
-  __device__ __forceinline__ void load_steps(Work tile) {
+  __device__ __forceinline__ void load_steps(Work tile, int round) {
     const int key0 = tile.n_block * Config::kBlockN;
     const BandMask band = mask_of(p_, tile);
     const int last_key = min(key0 + Config::kBlockN, band.seqlen_k) - 1;
@@ -71,6 +72,8 @@ class Producer {
     if (!tile.is_valid || last_key < key0) blocks.end = blocks.begin;
     StepWalk<kBlockM> walk(p_, band, tile.batch_idx, tile.kv_head_idx, tile.n_block, blocks);
     auto step = walk.next();
+    // Each phase is waited for before there can be another. With steps, before the first's mask.
+    if (!step.exists && tile.is_valid) await_dv_sent(round);
     tile.m_end = step.exists;
     announce(tile);
     if (step.exists) acquire_inputs(p_, tile.batch_idx);
@@ -84,6 +87,13 @@ class Producer {
           row_block_of(p_, tile, step.head_idx, step.m_block), next.m_block * kBlockM,
           tile.batch_idx * p_.heads_q + next.head_idx};
       load_step(tile, step.head_idx, step.m_block, is_first);
+      if constexpr (Config::kHasMask) {
+        if (is_first) await_dv_sent(round);
+        load_mask<Config::Scores::kMask>(smem_.ds[at_.stage], p_.mask_map, smem_.mask_barriers[0],
+                                         at_, tile.n_block * Config::kBlockN,
+                                         step.m_block * kBlockM, step.head_idx, tile.batch_idx);
+      }
+      at_.advance();
       is_first = false;
       step = next;
     }
@@ -98,7 +108,6 @@ class Producer {
     may_read_statistics_ = true;
     if (is_first) load_key_mean(tile);
     load_statistics(tile, head_idx, m_block);
-    at_.advance();
   }
 
   __device__ __forceinline__ TileWork announce(const Tile& tile, BlockRange blocks) {
@@ -147,6 +156,13 @@ class Producer {
     const int64_t head = int64_t{tile.batch_idx} * p_.heads_kv + tile.kv_head_idx;
     ptx::bulk_load(smem_.key_mean, p_.key_mean + head * Config::kHeadDim, sizeof(smem_.key_mean),
                    smem_.k_barriers.full[0]);
+  }
+
+  // Of the tile before, where dV leaves through the buffers of dS.
+  __device__ __forceinline__ void await_dv_sent(int round) {
+    if constexpr (Config::kHasMask && !Config::kHasGradientRoom) {
+      if (round > 0) ptx::mbarrier_wait(smem_.mask_barriers[0].dv_sent, (round - 1) & 1);
+    }
   }
 
   __device__ __forceinline__ void load_statistics(const Work& tile, int head_idx, int m_block) {
@@ -266,6 +282,9 @@ __device__ __forceinline__ void send_gradients(typename Config::SharedStorage& s
         }
         ptx::tma_store_commit_group();
         ptx::tma_store_wait_read();
+      }
+      if constexpr (Config::kHasMask && !Config::kHasGradientRoom) {
+        if (is_dv) ptx::mbarrier_arrive(smem.mask_barriers[0].dv_sent);
       }
       ptx::mbarrier_arrive(smem.gradient_barriers.empty[0]);
       gradient_at.advance();

@@ -10,8 +10,8 @@ class TileConsumer : public Consumer<Config> {
   using Base = Consumer<Config>;
   using Base::acc_dk_, Base::acc_dv_, Base::at_, Base::holds_dk_, Base::kept_, Base::kv_at_,
       Base::lane_idx_, Base::p_, Base::smem_, Base::tile_at_, Base::warpgroup_idx_;
-  using Base::announced, Base::draw_first_two, Base::skip, Base::skip_first, Base::stage_dk,
-      Base::stage_gradient, Base::tile;
+  using Base::announced, Base::skip, Base::skip_first, Base::stage_dk, Base::stage_gradient,
+      Base::tile;
   using typename Base::Step;
   static constexpr int kBlockM = Config::kBlockM;
   static constexpr int kBlockN = Config::kBlockN;
@@ -66,6 +66,23 @@ class TileConsumer : public Consumer<Config> {
     }
     if (lane_idx_ == 0) ptx::mbarrier_arrive(smem_.k_centred_barriers.empty[0]);
     kv_at_.advance();
+  }
+
+  // Of a tile's first step; returns the second's, which is of no use if there is none.
+  __device__ __forceinline__ auto draw_first_two() {
+    decltype(kept_) last{};
+    if constexpr (Config::Scores::kHasDropout) {
+      int row0 = announced().row0;
+      int batch_head = smem_.statistics[at_.stage].batch_head;
+#pragma unroll 1
+      for (int i = 0; i < 2; ++i) {
+        kept_ = last;
+        last = this->draw(row0, batch_head);
+        row0 = announced().next_row0;
+        batch_head = announced().next_batch_head;
+      }
+    }
+    return last;
   }
 
   template <bool kIsFirst>
