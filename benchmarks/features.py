@@ -5,6 +5,7 @@ before they are timed (dropout of others cannot be), and weighed: bytes at the p
 """
 
 import argparse
+import dataclasses
 import functools
 import sys
 
@@ -125,10 +126,12 @@ def main():
     runs = [(make, head_dim, False) for make in chosen for head_dim in options.head_dims]
     if not options.no_flex:  # last: what has been measured by then is kept if a compilation goes wrong
         runs += [(make, head_dim, True) for make in chosen if make in WITH_FLEX for head_dim in options.head_dims]
-    results = {}
+    all_rows, all_promises = [], []
     for make, head_dim, with_flex in runs:
         torch.manual_seed(0)
         contest = make(head_dim, with_flex)
+        if with_flex:
+            contest = dataclasses.replace(contest, name=f"{contest.name} beside FlexAttention")
         screen.print(f"\n[bold]{contest.name}[/], {contest.shape}, head_dim {head_dim}", highlight=False)
         rows = measure(contest, device, plan)
         for row in rows:
@@ -139,9 +142,10 @@ def main():
             ratio = "not run" if line["ratio"] is None else f"{line['ratio']:.2f}"
             text = f"  {line['pass']:<9}{line['ours']} over {line['over']}: {ratio} for {line['at_least']}"
             screen.print(text, highlight=False)
-        results[make, head_dim] = rows, promises  # with FlexAttention in the place of without
-        timed, failed = record.split_rows([row for rows, _ in results.values() for row in rows])
-        payload = {"promises": [line for _, lines in results.values() for line in lines], "rows": timed}
+        all_rows += rows
+        all_promises += promises
+        timed, failed = record.split_rows(all_rows)
+        payload = {"promises": all_promises, "rows": timed}
         path = record.write_results("features", device, payload | {"not_timed": failed}, options.output_dir)
         del contest
         torch.cuda.empty_cache()

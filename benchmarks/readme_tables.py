@@ -247,11 +247,15 @@ def features_section(results):
         cell = "not run" if line["ratio"] is None else f"{line['ratio']:.2f}"
         ratios.setdefault(key, {"at_least": line["at_least"]})[line["head_dim"]] = cell
     lines = [
-        [f"{contest}: {ours}", over, pass_name, cells["at_least"], cells.get(64, "-"), cells.get(128, "-")]
+        [_feature_name(contest, ours), over, pass_name, cells["at_least"], cells.get(64, "-"), cells.get(128, "-")]
         for (contest, ours, over, pass_name), cells in ratios.items()
     ]
     ratio_table = markdown_table(["what", "over", "pass", "aim", "d=64", "d=128"], lines)
     return "\n\n".join([cost_table, ratio_table, source_line(results, "python -m benchmarks.features")])
+
+
+def _feature_name(contest, ours):
+    return contest if ours in contest else f"{contest}: {ours}"
 
 
 PLAIN = "v3, plain"  # the contender that costs are relative to

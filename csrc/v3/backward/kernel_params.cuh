@@ -29,10 +29,10 @@ struct alignas(16) RowStatistics {
   float slope;     // of ALiBi, as GeneralKernelParams::slope_factor makes it
 };
 
-// Of a log-sum-exp in natural units: see kHugeLog2, and subtract_huge_lse().
+// Of a log-sum-exp in natural units: see kHugeLog2, and subtract_huge_lse(). A float mask may bring
+// it so near to the largest number that in units of log2 it is infinite.
 __device__ __forceinline__ bool is_huge_lse(float lse) {
-  const float lse_log2 = fabsf(lse) * static_cast<float>(kLog2e);
-  return lse_log2 > kHugeLog2 && lse_log2 != INFINITY;
+  return fabsf(lse) * static_cast<float>(kLog2e) > kHugeLog2 && fabsf(lse) != INFINITY;
 }
 
 struct KernelParams {
