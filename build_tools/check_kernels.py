@@ -39,7 +39,10 @@ _V3_128 = (
     " nothing spills, and it takes 1.03 times as long (1x16x16384 bf16)"
 )
 _SM80 = "not measured on this architecture, whose ptxas allocates a little differently; none on sm_90a"
-_GENERAL_FP32 = "dQ of general attention in fp32; not measured against a smaller tile without spills"
+_GENERAL_FP32 = (
+    "dQ of general attention in fp32, 64 B more than with Philox's products in two instructions each; not measured "
+    "against either, or a smaller tile without spills"
+)
 _GENERAL_V3_Q = "the producer: who loads Q, once a tile, and who walks a block_mask; not measured without"
 _V3_GENERAL = (
     "the producer, which finds steps ahead of time, and the ends of tiles spill; of steps those under a softcap at "
@@ -65,8 +68,8 @@ ACCEPTED_SPILLS: dict[tuple[str, str], Accepted] = {
     ("general_backward_v3_bf16_hdim128", "sm_90a"): Accepted(680, _V3_GENERAL),
     ("general_backward_v3_fp16_hdim64", "sm_90a"): Accepted(780, _V3_GENERAL),
     ("general_backward_v3_bf16_hdim64", "sm_90a"): Accepted(780, _V3_GENERAL),
-    ("general_backward_fp32_hdim128", "sm_90a"): Accepted(52, _GENERAL_FP32),
-    ("general_backward_fp32_hdim128", "sm_80"): Accepted(116, _GENERAL_FP32),
+    ("general_backward_fp32_hdim128", "sm_90a"): Accepted(116, _GENERAL_FP32),
+    ("general_backward_fp32_hdim128", "sm_80"): Accepted(124, _GENERAL_FP32),
     ("backward_v3_fp16_hdim128", "sm_90a"): Accepted(84, _V3_128),
     ("backward_v3_bf16_hdim128", "sm_90a"): Accepted(84, _V3_128),
     ("backward_fp16_hdim128", "sm_90a"): Accepted(20, _KV_128),
