@@ -211,6 +211,19 @@ def test_malformed_lengths(device, lengths, which):
     flash_attention(q, k, v, validate=True, **begin_at_0)
 
 
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("softcap", [0.0, 0.5, 30.0])
+def test_nan_behind_the_diagonal_stays_there(device, softcap, head_dim):
+    """Also where scores are near a soft cap: queries before a key that is NaN have the bits they had."""
+    q, k, v = make_qkv(Shape(1, 2, 2, 300, 300, head_dim), torch.bfloat16, device)
+    options = {"causal": True, "softcap": softcap, "window": (250, -1), "return_lse": True}
+    expected = flash_attention(q, k, v, **options)
+    k[:, :, 201] = NAN
+    out, lse = flash_attention(q, k, v, **options)
+    assert_same_bits((out[:, :, :201], lse[:, :, :201]), [x[:, :, :201] for x in expected], "rows before")
+    assert out[:, :, 201:].isnan().all()
+
+
 # ---- refusals ------------------------------------------------------------------------------------
 
 REFUSED = {

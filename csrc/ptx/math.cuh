@@ -17,11 +17,4 @@ __device__ __forceinline__ float rcp_approx(float x) {
   return d;
 }
 
-// The smaller one; NaN if either is, where fminf() drops it.
-__device__ __forceinline__ float min_or_nan(float a, float b) {
-  float d;
-  asm("min.NaN.f32 %0, %1, %2;\n" : "=f"(d) : "f"(a), "f"(b));
-  return d;
-}
-
 }  // namespace flash_ext::ptx

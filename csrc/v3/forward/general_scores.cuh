@@ -12,13 +12,13 @@ namespace flash_ext::v3::forward {
 
 // Scores of which some are near the cap: tanh(y) = 1 - 2 / (1 + e^2y). Four share a reciprocal,
 // for special functions are what limits it. Beyond e^2y = 2^30 the tanh is 1, and the product of
-// four does not overflow.
+// four does not overflow. A NaN takes no part: it may be that of a key which is hidden later.
 __device__ __forceinline__ void cap_by_exponential(float (&s)[4], const Softcap& softcap) {
   constexpr float kMaxExponent = 30.f;
   float a[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    a[i] = 1.f + ptx::exp2_approx(ptx::min_or_nan(s[i] * softcap.exponent, kMaxExponent));
+    a[i] = 1.f + ptx::exp2_approx(fminf(s[i] * softcap.exponent, kMaxExponent));
   }
   const float ab = a[0] * a[1];
   const float cd = a[2] * a[3];
@@ -28,7 +28,10 @@ __device__ __forceinline__ void cap_by_exponential(float (&s)[4], const Softcap&
   const float inverses[4] = {inverse_ab * a[1], inverse_ab * a[0], inverse_cd * a[3],
                              inverse_cd * a[2]};
 #pragma unroll
-  for (int i = 0; i < 4; ++i) s[i] = fmaf(-2.f * softcap.cap, inverses[i], softcap.cap);
+  for (int i = 0; i < 4; ++i) {
+    const float capped = fmaf(-2.f * softcap.cap, inverses[i], softcap.cap);
+    s[i] = s[i] == s[i] ? capped : s[i];
+  }
 }
 
 // Whether any score of the warp's is near the cap.
