@@ -7,49 +7,17 @@ import random
 import pytest
 import torch
 from calls import assert_same_bits
-from general_cases import call, check_call, check_forward, on, on_device
-from inputs import ALIGNED_LAYOUTS, FAMILIES, Shape, lay_out, make_qkv, make_qkv_dout
+from general_cases import call, check_call, check_forward, on_device
+from inputs import FAMILIES, Shape, make_qkv, make_qkv_dout
 from matrix import CAUSAL_MODES, HALF_DTYPES, dtype_name
+from v3_cases import COMBINATIONS, FEATURES, draw_case, draw_features
 
 import flash_ext
 
 BF16 = torch.bfloat16
-FEATURES = ("window", "alibi", "softcap", "sinks")
-COMBINATIONS = [names for n in range(1, 5) for names in itertools.combinations(FEATURES, n)]
-WINDOWS = (-1, 0, 1, 30, 63, 64, 127, 128, 200, 400)
 
 pytestmark = pytest.mark.hopper
 v3 = pytest.mark.parametrize("algorithm", ["v3"])
-
-
-def draw(names, rng, shape):
-    """Arguments of the features, on the CPU."""
-    torch.manual_seed(rng.randrange(1 << 30))
-    slopes = rng.choice([(shape.heads,), (shape.batch, shape.heads)])
-    features = {
-        "window": ("window", (rng.choice(WINDOWS), rng.choice(WINDOWS))),
-        "alibi": ("alibi_slopes", torch.rand(slopes) * rng.choice([0.01, 0.5, -0.01])),
-        "softcap": ("softcap", rng.choice([0.5, 2.0, 15.0, 50.0])),
-        "sinks": ("sinks", torch.randn(shape.heads) * 2 + rng.choice([-3, 0, 8])),
-    }
-    return dict(features[name] for name in names)
-
-
-def draw_shape(rng):
-    heads_kv, group = rng.choice([1, 1, 2]), rng.choice([1, 2, 3])
-    length = lambda: rng.choice([1, 63, 64, 65, 129, 192, 193, 257, rng.randint(1, 900)])  # noqa: E731
-    head_dim = rng.choice([8, 40, 64, 64, 72, 128, 128])
-    return Shape(rng.choice([1, 2, 3]), heads_kv * group, heads_kv, length(), length(), head_dim)
-
-
-def draw_case(seed, names, device):
-    rng = random.Random(seed)
-    shape = draw_shape(rng)
-    features = on_device(draw(names, rng, shape), device)
-    tensors = make_qkv_dout(shape, rng.choice(HALF_DTYPES), "cpu", rng.choice(["randn", "shifted", "randn3"]))
-    layout = rng.choice(ALIGNED_LAYOUTS)
-    tensors = [lay_out(x, layout, math.nan) for x in on(device, *tensors)]
-    return tensors, features, {"causal": rng.choice(CAUSAL_MODES), "scale": rng.choice([None, None, 0.3, -0.1])}
 
 
 @v3
@@ -77,7 +45,7 @@ def test_gradients(device, algorithm, names, seed):
     shape = Shape(2, 4, 2, rng.randint(1, 300), rng.randint(1, 300), rng.choice([64, 128]))
     tensors = make_qkv_dout(shape, BF16, device)
     dlse = torch.randn(shape.q[:3], device=device)
-    features = on_device(draw(names, rng, shape), device)
+    features = on_device(draw_features(names, rng, shape), device)
     check_call(*tensors, dlse, features, algorithm=algorithm, causal=rng.choice(CAUSAL_MODES))
 
 
@@ -112,7 +80,7 @@ def test_scales(device, algorithm, scale, names):
     rng = random.Random(7)
     shape = Shape(2, 2, 1, 150, 300, 64)
     q, k, v = make_qkv(shape, BF16, device)
-    features = on_device(draw(names, rng, shape), device)
+    features = on_device(draw_features(names, rng, shape), device)
     check_forward(q, k, v, features, algorithm=algorithm, causal="bottom_right", scale=scale)
 
 

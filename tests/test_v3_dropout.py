@@ -10,7 +10,7 @@ from calls import assert_same_bits
 from general_cases import call, check_call, check_forward, on_device
 from inputs import Shape, make_qkv, make_qkv_dout
 from matrix import CAUSAL_MODES, HALF_DTYPES, dtype_name
-from test_general_v3 import COMBINATIONS, draw, draw_case
+from v3_cases import COMBINATIONS, draw_case, draw_features
 
 import flash_ext
 from flash_ext.philox import dropout_factor
@@ -118,7 +118,7 @@ def test_gradients(device, algorithm, names, seed):
     shape = Shape(2, 4, 2, rng.randint(1, 300), rng.randint(1, 300), rng.choice([64, 128]))
     tensors = make_qkv_dout(shape, BF16, device)
     dlse = torch.randn(shape.q[:3], device=device)
-    features = on_device(draw(names, rng, shape), device) | dropout(0.3, device, seed)
+    features = on_device(draw_features(names, rng, shape), device) | dropout(0.3, device, seed)
     check_call(*tensors, dlse, features, algorithm="auto", causal=rng.choice(CAUSAL_MODES))
 
 

@@ -11,36 +11,17 @@ from calls import assert_same_bits
 from general_cases import call, check_call, check_forward, on_device
 from inputs import Shape, make_qkv, make_qkv_dout
 from matrix import CAUSAL_MODES, HALF_DTYPES, dtype_name
-from test_general_v3 import COMBINATIONS, draw, draw_case
+from v3_cases import COMBINATIONS, MASK_SHAPES, aligned, draw_case, draw_features, make_mask
 
 import flash_ext
 
 BF16 = torch.bfloat16
-MASK_SHAPES = ("bhqk", "1hqk", "b1qk", "11qk", "b11k", "1h1k", "111k")
 KINDS = ("bool", "float")
 
 pytestmark = pytest.mark.hopper
 v3 = pytest.mark.parametrize("algorithm", ["v3"])
 kinds = pytest.mark.parametrize("kind", KINDS)
 head_dims = pytest.mark.parametrize("head_dim", [64, 128])
-
-
-def aligned(mask):
-    """The same numbers in rows that begin at multiples of 16 bytes, with what must not be read between them."""
-    seqlen_k = mask.shape[-1]
-    padded = torch.empty(*mask.shape[:-1], -(-seqlen_k // 16) * 16 + 16, dtype=mask.dtype, device=mask.device)
-    padded.fill_(True if mask.dtype == torch.bool else math.nan)
-    padded[..., :seqlen_k] = mask
-    return padded[..., :seqlen_k]
-
-
-def make_mask(kind, letters, shape, dtype, device, hidden=0.3):
-    sizes = {"b": shape.batch, "h": shape.heads, "q": shape.seqlen_q, "k": shape.seqlen_k, "1": 1}
-    sizes = [sizes[letter] for letter in letters]
-    visible = torch.rand(sizes, device=device) >= hidden
-    if kind == "bool":
-        return aligned(visible)
-    return aligned((2 * torch.randn(sizes, device=device)).masked_fill(~visible, -math.inf).to(dtype))
 
 
 @v3
@@ -149,7 +130,7 @@ def test_gradients(device, algorithm, names, seed, kind):
     tensors = make_qkv_dout(shape, BF16, device)
     dlse = torch.randn(shape.q[:3], device=device)
     mask = make_mask(kind, "b1qk", shape, BF16, device)
-    features = on_device(draw(names, rng, shape), device) | {"attn_mask": mask}
+    features = on_device(draw_features(names, rng, shape), device) | {"attn_mask": mask}
     check_call(*tensors, dlse, features, algorithm="auto", causal=rng.choice(CAUSAL_MODES))
 
 

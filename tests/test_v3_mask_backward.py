@@ -10,7 +10,7 @@ from general_cases import check_backward, check_bias_gradient, error_model
 from inputs import Shape, make_qkv_dout
 from matrix import CAUSAL_MODES, HALF_DTYPES, dtype_name
 from numerics import causal_argument
-from test_v3_mask import MASK_SHAPES, aligned, make_mask
+from v3_cases import MASK_SHAPES, aligned, make_mask
 
 from flash_ext import attention_reference
 

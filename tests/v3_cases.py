@@ -1,0 +1,64 @@
+"""Random calls of general attention for v3's tests, and masks in rows that its kernels read."""
+
+import itertools
+import math
+import random
+
+import torch
+from general_cases import on, on_device
+from inputs import ALIGNED_LAYOUTS, Shape, lay_out, make_qkv_dout
+from matrix import CAUSAL_MODES, HALF_DTYPES
+
+FEATURES = ("window", "alibi", "softcap", "sinks")
+COMBINATIONS = [names for n in range(1, 5) for names in itertools.combinations(FEATURES, n)]
+WINDOWS = (-1, 0, 1, 30, 63, 64, 127, 128, 200, 400)
+MASK_SHAPES = ("bhqk", "1hqk", "b1qk", "11qk", "b11k", "1h1k", "111k")
+
+
+def draw_features(names, rng, shape):
+    """Arguments of the features, on the CPU."""
+    torch.manual_seed(rng.randrange(1 << 30))
+    slopes = rng.choice([(shape.heads,), (shape.batch, shape.heads)])
+    features = {
+        "window": ("window", (rng.choice(WINDOWS), rng.choice(WINDOWS))),
+        "alibi": ("alibi_slopes", torch.rand(slopes) * rng.choice([0.01, 0.5, -0.01])),
+        "softcap": ("softcap", rng.choice([0.5, 2.0, 15.0, 50.0])),
+        "sinks": ("sinks", torch.randn(shape.heads) * 2 + rng.choice([-3, 0, 8])),
+    }
+    return dict(features[name] for name in names)
+
+
+def draw_shape(rng):
+    heads_kv, group = rng.choice([1, 1, 2]), rng.choice([1, 2, 3])
+    length = lambda: rng.choice([1, 63, 64, 65, 129, 192, 193, 257, rng.randint(1, 900)])  # noqa: E731
+    head_dim = rng.choice([8, 40, 64, 64, 72, 128, 128])
+    return Shape(rng.choice([1, 2, 3]), heads_kv * group, heads_kv, length(), length(), head_dim)
+
+
+def draw_case(seed, names, device):
+    """Everything of a forward call from one seed, NaN between the rows: tensors, features, options."""
+    rng = random.Random(seed)
+    shape = draw_shape(rng)
+    features = on_device(draw_features(names, rng, shape), device)
+    tensors = make_qkv_dout(shape, rng.choice(HALF_DTYPES), "cpu", rng.choice(["randn", "shifted", "randn3"]))
+    layout = rng.choice(ALIGNED_LAYOUTS)
+    tensors = [lay_out(x, layout, math.nan) for x in on(device, *tensors)]
+    return tensors, features, {"causal": rng.choice(CAUSAL_MODES), "scale": rng.choice([None, None, 0.3, -0.1])}
+
+
+def aligned(mask):
+    """The same numbers in rows that begin at multiples of 16 bytes, with what must not be read between them."""
+    seqlen_k = mask.shape[-1]
+    padded = torch.empty(*mask.shape[:-1], -(-seqlen_k // 16) * 16 + 16, dtype=mask.dtype, device=mask.device)
+    padded.fill_(True if mask.dtype == torch.bool else math.nan)
+    padded[..., :seqlen_k] = mask
+    return padded[..., :seqlen_k]
+
+
+def make_mask(kind, letters, shape, dtype, device, hidden=0.3):
+    sizes = {"b": shape.batch, "h": shape.heads, "q": shape.seqlen_q, "k": shape.seqlen_k, "1": 1}
+    sizes = [sizes[letter] for letter in letters]
+    visible = torch.rand(sizes, device=device) >= hidden
+    if kind == "bool":
+        return aligned(visible)
+    return aligned((2 * torch.randn(sizes, device=device)).masked_fill(~visible, -math.inf).to(dtype))
