@@ -8,9 +8,9 @@ import pytest
 import torch
 from calls import assert_same_bits
 from general_cases import call, check_call, check_forward, on_device
-from inputs import FAMILIES, Shape, make_qkv, make_qkv_dout
+from inputs import FAMILIES, Shape, make_qkv
 from matrix import CAUSAL_MODES, HALF_DTYPES, dtype_name
-from v3_cases import COMBINATIONS, FEATURES, draw_case, draw_features
+from v3_cases import COMBINATIONS, FEATURES, draw_case, draw_features, draw_gradient_case
 
 import flash_ext
 
@@ -42,11 +42,8 @@ def test_gradients(device, algorithm, names, seed):
     """Forward and backward of v3; slopes have a gradient, which the backward leaves to v2."""
     algorithm = "auto" if "alibi" in names else algorithm
     rng = random.Random(f"gradients{seed}")
-    shape = Shape(2, 4, 2, rng.randint(1, 300), rng.randint(1, 300), rng.choice([64, 128]))
-    tensors = make_qkv_dout(shape, BF16, device)
-    dlse = torch.randn(shape.q[:3], device=device)
-    features = on_device(draw_features(names, rng, shape), device)
-    check_call(*tensors, dlse, features, algorithm=algorithm, causal=rng.choice(CAUSAL_MODES))
+    _, tensors, features = draw_gradient_case(rng, names, device)
+    check_call(*tensors, features, algorithm=algorithm, causal=rng.choice(CAUSAL_MODES))
 
 
 @v3

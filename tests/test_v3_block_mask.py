@@ -8,9 +8,9 @@ import pytest
 import torch
 from calls import assert_same_bits
 from general_cases import call, check_call, check_forward, on_device
-from inputs import Shape, make_qkv, make_qkv_dout
+from inputs import Shape, make_qkv
 from matrix import CAUSAL_MODES, HALF_DTYPES, dtype_name
-from v3_cases import COMBINATIONS, draw_case, draw_features
+from v3_cases import COMBINATIONS, draw_case, draw_gradient_case
 
 import flash_ext
 
@@ -154,11 +154,9 @@ def test_many_tiles_repeat_to_the_bit(device, algorithm, size, head_dim):
 def test_gradients(device, algorithm, names, seed):
     """v3's forward with the backward that "auto" takes."""
     rng = random.Random(f"gradients{seed}")
-    shape = Shape(2, 4, 2, rng.randint(1, 300), rng.randint(1, 300), rng.choice([64, 128]))
-    tensors = make_qkv_dout(shape, BF16, device)
-    dlse = torch.randn(shape.q[:3], device=device)
-    features = on_device(draw_features(names, rng, shape) | draw_blocks(rng, shape), device)
-    check_call(*tensors, dlse, features, algorithm="auto", causal=rng.choice(CAUSAL_MODES))
+    shape, tensors, features = draw_gradient_case(rng, names, device)
+    features |= on_device(draw_blocks(rng, shape), device)
+    check_call(*tensors, features, algorithm="auto", causal=rng.choice(CAUSAL_MODES))
 
 
 def lengths(*values):

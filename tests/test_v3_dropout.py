@@ -7,10 +7,10 @@ import random
 import pytest
 import torch
 from calls import assert_same_bits
-from general_cases import call, check_call, check_forward, on_device
-from inputs import Shape, make_qkv, make_qkv_dout
+from general_cases import call, check_call, check_forward
+from inputs import Shape, make_qkv
 from matrix import CAUSAL_MODES, HALF_DTYPES, dtype_name
-from v3_cases import COMBINATIONS, draw_case, draw_features
+from v3_cases import COMBINATIONS, draw_case, draw_gradient_case
 
 import flash_ext
 from flash_ext.philox import dropout_factor
@@ -113,13 +113,11 @@ def test_many_tiles_repeat_to_the_bit(device, algorithm, head_dim):
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("names", [(), *COMBINATIONS[:4]], ids="+".join)
 def test_gradients(device, algorithm, names, seed):
-    """v3's forward and v2's backward drop the same elements."""
+    """The forward and the backward that "auto" takes drop the same elements."""
     rng = random.Random(f"gradients{seed}")
-    shape = Shape(2, 4, 2, rng.randint(1, 300), rng.randint(1, 300), rng.choice([64, 128]))
-    tensors = make_qkv_dout(shape, BF16, device)
-    dlse = torch.randn(shape.q[:3], device=device)
-    features = on_device(draw_features(names, rng, shape), device) | dropout(0.3, device, seed)
-    check_call(*tensors, dlse, features, algorithm="auto", causal=rng.choice(CAUSAL_MODES))
+    _, tensors, features = draw_gradient_case(rng, names, device)
+    features |= dropout(0.3, device, seed)
+    check_call(*tensors, features, algorithm="auto", causal=rng.choice(CAUSAL_MODES))
 
 
 @head_dims

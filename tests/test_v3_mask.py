@@ -8,10 +8,10 @@ import random
 import pytest
 import torch
 from calls import assert_same_bits
-from general_cases import call, check_call, check_forward, on_device
-from inputs import Shape, make_qkv, make_qkv_dout
+from general_cases import call, check_call, check_forward
+from inputs import Shape, make_qkv
 from matrix import CAUSAL_MODES, HALF_DTYPES, dtype_name
-from v3_cases import COMBINATIONS, MASK_SHAPES, aligned, draw_case, draw_features, make_mask
+from v3_cases import COMBINATIONS, MASK_SHAPES, aligned, draw_case, draw_gradient_case, make_mask
 
 import flash_ext
 
@@ -124,14 +124,11 @@ def test_many_tiles_repeat_to_the_bit(device, algorithm, head_dim, kind):
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("names", [(), ("softcap",), ("alibi", "sinks")], ids="+".join)
 def test_gradients(device, algorithm, names, seed, kind):
-    """v3's forward and v2's backward."""
+    """v3's forward with the backward that "auto" takes; rows of the mask stay aligned in autograd's copy of it."""
     rng = random.Random(f"gradients{seed}")
-    shape = Shape(2, 4, 2, rng.randint(1, 300), 16 * rng.randint(1, 20), rng.choice([64, 128]))
-    tensors = make_qkv_dout(shape, BF16, device)
-    dlse = torch.randn(shape.q[:3], device=device)
-    mask = make_mask(kind, "b1qk", shape, BF16, device)
-    features = on_device(draw_features(names, rng, shape), device) | {"attn_mask": mask}
-    check_call(*tensors, dlse, features, algorithm="auto", causal=rng.choice(CAUSAL_MODES))
+    shape, tensors, features = draw_gradient_case(rng, names, device, lengths_k=range(16, 321, 16))
+    features["attn_mask"] = make_mask(kind, "b1qk", shape, BF16, device)
+    check_call(*tensors, features, algorithm="auto", causal=rng.choice(CAUSAL_MODES))
 
 
 REFUSED = {

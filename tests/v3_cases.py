@@ -46,6 +46,14 @@ def draw_case(seed, names, device):
     return tensors, features, {"causal": rng.choice(CAUSAL_MODES), "scale": rng.choice([None, None, 0.3, -0.1])}
 
 
+def draw_gradient_case(rng, names, device, lengths_k=range(1, 301)):
+    """(shape, (q, k, v, dout, dlse), features); the caller may add features before it draws the causal mask."""
+    shape = Shape(2, 4, 2, rng.randint(1, 300), rng.choice(lengths_k), rng.choice([64, 128]))
+    tensors = make_qkv_dout(shape, torch.bfloat16, device)
+    dlse = torch.randn(shape.q[:3], device=device)
+    return shape, (*tensors, dlse), on_device(draw_features(names, rng, shape), device)
+
+
 def aligned(mask):
     """The same numbers in rows that begin at multiples of 16 bytes, with what must not be read between them."""
     seqlen_k = mask.shape[-1]
