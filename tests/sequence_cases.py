@@ -3,12 +3,16 @@
 import itertools
 import math
 
+import pytest
 import torch
-from general_cases import call
+from general_cases import call, on_device
+from matrix import CAUSAL_MODES, HALF_DTYPES
 
 BF16 = torch.bfloat16
 NAN = math.nan
 EDGES = (0, 0, 1, 63, 64, 65, 127, 128, 129, 191, 192, 193, 257, 385)
+FEATURES = ("window", "softcap", "alibi", "sinks")
+COMBINATIONS = ((), *((name,) for name in FEATURES), FEATURES)
 MALFORMED = (
     (0, 10, 5, 20, 30), (-7, 100, 200, 300, 400), (0, 10, 20, 30, 10**9), (2**31 - 1, -(2**31), 0, 5, 3),
     (500, 400, 300, 200, 10), (0, 0, 0, 0, 2**31 - 1), (0, 600, 0, 600, 0),
@@ -70,3 +74,16 @@ class Packed:
 
     def call(self, features, **options):
         return call(*self.qkv, features | self.lengths, **options)
+
+
+def draw_packed(rng, names, head_dim, batches, device):
+    """(packed, features, options) of a call; without a query or a key there is none, and the test is skipped."""
+    torch.manual_seed(rng.randrange(1 << 30))
+    batch, heads_kv, group = rng.choice(batches), rng.choice([1, 2]), rng.choice([1, 2, 3])
+    lengths = (draw_lengths(rng, batch), draw_lengths(rng, batch))
+    dim = head_dim - rng.choice([0, 0, 24])
+    packed = Packed(*lengths, heads_kv * group, heads_kv, dim, rng.choice(HALF_DTYPES), rng.choice([0, 7]), device)
+    if 0 in (len(x) for x in packed.qkv):
+        pytest.skip("drew nothing")
+    features = on_device(draw_features(names, rng, batch, heads_kv * group), device)
+    return packed, features, {"causal": rng.choice(CAUSAL_MODES), "scale": rng.choice([None, None, -0.1])}

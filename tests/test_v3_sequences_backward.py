@@ -9,12 +9,11 @@ import torch
 from calls import assert_same_bits
 from general_cases import check_gradients, exact_backward, on_device
 from inputs import Shape, make_qkv_dout
-from matrix import CAUSAL_MODES, HALF_DTYPES
-from sequence_cases import MALFORMED, Packed, draw_features, draw_lengths, i32, of_entry
+from matrix import CAUSAL_MODES
+from sequence_cases import COMBINATIONS, FEATURES, MALFORMED, Packed, draw_features, draw_packed, i32, of_entry
 
 BF16 = torch.bfloat16
 NAN = math.nan
-FEATURES = ((), ("window",), ("softcap",), ("alibi",), ("sinks",), ("window", "softcap", "alibi", "sinks"))
 
 pytestmark = pytest.mark.hopper
 v3 = pytest.mark.parametrize("algorithm", ["v3"])
@@ -106,19 +105,11 @@ class Call:
 
 @v3
 @pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("names", FEATURES, ids="+".join)
+@pytest.mark.parametrize("names", COMBINATIONS, ids="+".join)
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_packed(device, algorithm, head_dim, names, seed):
     rng = random.Random(f"{seed}{names}{head_dim}")
-    torch.manual_seed(rng.randrange(1 << 30))
-    batch, heads_kv, group = rng.choice([1, 3, 7, 20]), rng.choice([1, 2]), rng.choice([1, 2, 3])
-    lengths = (draw_lengths(rng, batch), draw_lengths(rng, batch))
-    dim = head_dim - rng.choice([0, 0, 24])
-    packed = Packed(*lengths, heads_kv * group, heads_kv, dim, rng.choice(HALF_DTYPES), rng.choice([0, 7]), device)
-    if 0 in (len(x) for x in packed.qkv):
-        pytest.skip("drew nothing")
-    features = on_device(draw_features(names, rng, batch, heads_kv * group), device)
-    options = {"causal": rng.choice(CAUSAL_MODES), "scale": rng.choice([None, None, -0.1])}
+    packed, features, options = draw_packed(rng, names, head_dim, [1, 3, 7, 20], device)
     Call(packed, features, rng.random() < 0.5, **options).check(algorithm)
 
 
@@ -184,7 +175,7 @@ def test_many_sequences(device, algorithm, count):
 
 
 @v3
-@pytest.mark.parametrize("names", [(), ("window", "softcap", "alibi", "sinks")], ids="+".join)
+@pytest.mark.parametrize("names", [(), FEATURES], ids="+".join)
 @pytest.mark.parametrize("causal", CAUSAL_MODES)
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_padding(device, algorithm, head_dim, causal, names):
