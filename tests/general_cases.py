@@ -4,8 +4,9 @@ import math
 import random
 
 import torch
+from calls import assert_same_bits
 from error_model import ErrorModel, ulp
-from numerics import assert_lse, assert_within, causal_argument, default_scale
+from numerics import assert_lse, assert_within, causal_argument, default_scale, relative_error
 
 from flash_ext import attention_reference
 from flash_ext.philox import dropout_factor
@@ -203,6 +204,29 @@ def check_backward(q, k, v, dout, dlse, features, *, algorithm, causal="none", s
         algorithm=algorithm, causal=causal, scale=scale,
     )  # fmt: skip
     return *gradients, dsinks
+
+
+def assert_near(gradients, others):
+    """Gradients of two algorithms, which differ by roundings alone."""
+    for i, (ours, other) in enumerate(zip(gradients, others, strict=True)):
+        error = relative_error(ours, other.double())
+        assert error <= 1e-2, f"gradient {i}: relative error {error:.3g}"
+
+
+def check_repeatable_backward(q, k, v, dout, features, *, algorithm, causal="none"):
+    """Deterministic gradients have the same bits each time, and are near v2's."""
+    options = {"causal": causal} | features
+    out, lse = torch.ops.flash_ext.general_forward(q, k, v, algorithm="v2", **options)
+    options |= {"deterministic": True, "needs": [True, True, True, False, False, "sinks" in features]}
+
+    def gradients(name):
+        results = torch.ops.flash_ext.general_backward(dout, q, k, v, out, lse, algorithm=name, **options)
+        return [x for x in results if x.numel()]
+
+    first = gradients(algorithm)
+    for _ in range(3):
+        assert_same_bits(gradients(algorithm), first, "gradients")
+    assert_near(first, gradients("v2"))
 
 
 def check_bias_gradient(name, actual, right, model, dout, dlse, features, bias):

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 from calls import assert_same_bits
-from general_cases import check_backward, draw_features, on_device
+from general_cases import check_backward, check_repeatable_backward, draw_features, on_device
 from inputs import Shape, make_qkv_dout
 from matrix import CAUSAL_MODES, HALF_DTYPES, dtype_name
 
@@ -119,18 +119,7 @@ def test_many_tiles_repeat_to_the_bit(device, algorithm, dtype, head_dim, causal
     q, k, v, dout = make_qkv_dout(Shape(3, 12, 4, 1500, 1400, head_dim), dtype, device)
     dropout = {"dropout_p": 0.2, "rng_state": random_state().to(device)}
     for features in ({}, {"window": (300, 100), "sinks": torch.randn(12, device=device)}):
-        options = {"causal": causal} | dropout | features
-        out, lse = torch.ops.flash_ext.general_forward(q, k, v, algorithm="v2", **options)
-        options |= {"deterministic": True, "needs": [True, True, True, False, False, "sinks" in features]}
-        runs = [
-            torch.ops.flash_ext.general_backward(dout, q, k, v, out, lse, algorithm=name, **options)
-            for name in (algorithm,) * 4 + ("v2",)
-        ]
-        for again in runs[1:-1]:
-            assert_same_bits(again, runs[0], "gradients")
-        for ours, other in zip(runs[0], runs[-1], strict=True):
-            if other.numel():
-                assert (ours.double() - other.double()).norm() <= 1e-2 * other.double().norm()
+        check_repeatable_backward(q, k, v, dout, dropout | features, algorithm=algorithm, causal=causal)
 
 
 @v3

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 from calls import assert_same_bits
-from general_cases import check_backward, draw_features, on_device
+from general_cases import check_backward, check_repeatable_backward, draw_features, on_device
 from inputs import Shape, make_qkv_dout
 from matrix import CAUSAL_MODES, HALF_DTYPES, dtype_name
 
@@ -72,18 +72,7 @@ def test_many_tiles_repeat_to_the_bit(device, algorithm, dtype, head_dim, causal
         {"block_mask": torch.rand(3, 12, 24, 22, device=device) < 0.3, "block_size": 64},
         {"block_mask": torch.rand(1, 1, 12, 11, device=device) < 0.5, "block_size": 128, "window": (500, 200)},
     ):
-        options = {"causal": causal, "window": [-1, -1]} | features
-        out, lse = torch.ops.flash_ext.general_forward(q, k, v, algorithm="v2", **options)
-        options |= {"deterministic": True, "needs": [True, True, True, False, False, True]}
-        runs = [
-            torch.ops.flash_ext.general_backward(dout, q, k, v, out, lse, algorithm=name, **options)
-            for name in (algorithm,) * 4 + ("v2",)
-        ]
-        for again in runs[1:-1]:
-            assert_same_bits(again, runs[0], "gradients")
-        for ours, other in zip(runs[0], runs[-1], strict=True):
-            if other.numel():
-                assert (ours.double() - other.double()).norm() <= 1e-2 * other.double().norm()
+        check_repeatable_backward(q, k, v, dout, features, algorithm=algorithm, causal=causal)
 
 
 @v3
