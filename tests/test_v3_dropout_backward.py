@@ -5,9 +5,10 @@ import random
 import pytest
 import torch
 from calls import assert_same_bits
-from general_cases import check_backward, check_repeatable_backward, draw_features, on_device
+from general_cases import check_backward, check_repeatable_backward, draw_features
 from inputs import Shape, make_qkv_dout
 from matrix import CAUSAL_MODES, HALF_DTYPES, dtype_name
+from v3_cases import check_drawn_backward
 
 from flash_ext.philox import dropout_factor
 
@@ -23,25 +24,11 @@ def random_state():
 
 
 def check_drawn(device, algorithm, seed, others):
-    """Everything of a call from one number."""
-    rng = random.Random(seed)
-    group, heads_kv = rng.choice([1, 1, 2, 3]), rng.choice([1, 2])
-    length = lambda: rng.choice([1, 17, 64, 65, 127, 128, 129, rng.randint(1, 700)])  # noqa: E731
-    head_dim = rng.choice([8, 64, 64, 72, 128, 128])
-    shape = Shape(rng.choice([1, 2]), heads_kv * group, heads_kv, length(), length(), head_dim)
-    dtype = rng.choice(HALF_DTYPES)
-    features = draw_features(rng, shape, dtype, others)
-    features |= {"dropout_p": rng.choice(P), "rng_state": random_state()}
-    tensors = make_qkv_dout(shape, dtype, "cpu", rng.choice(["randn", "shifted", "randn3"]))
-    dlse = torch.randn(shape.q[:3]) if rng.random() < 0.5 else None
-    options = {
-        "causal": rng.choice(CAUSAL_MODES),
-        "scale": rng.choice([None, 0.3, -0.1]),
-        "deterministic": rng.random() < 0.5,
-    }
-    tensors = [x.to(device) for x in tensors]
-    dlse = None if dlse is None else dlse.to(device)
-    check_backward(*tensors, dlse, on_device(features, device), algorithm=algorithm, **options)
+    def draw(rng, shape, dtype):
+        features = draw_features(rng, shape, dtype, others)
+        return features | {"dropout_p": rng.choice(P), "rng_state": random_state()}
+
+    check_drawn_backward(device, algorithm, seed, draw)
 
 
 @v3

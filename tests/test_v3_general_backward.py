@@ -5,9 +5,10 @@ import random
 import pytest
 import torch
 from calls import assert_same_bits
-from general_cases import check_backward, check_repeatable_backward, draw_features, on_device
+from general_cases import check_backward, check_repeatable_backward, draw_features
 from inputs import Shape, make_qkv_dout
 from matrix import CAUSAL_MODES, HALF_DTYPES, dtype_name
+from v3_cases import check_drawn_backward
 
 FEATURES = ("window", "alibi", "softcap", "sinks", "block_mask")
 HEAD_DIMS = (64, 128)
@@ -15,33 +16,15 @@ HEAD_DIMS = (64, 128)
 v3 = pytest.mark.parametrize("algorithm", ["v3"])
 
 
-def drawn(seed, names=None):
-    """Everything of a call from one number."""
-    rng = random.Random(seed)
-    group, heads_kv = rng.choice([1, 1, 2, 3]), rng.choice([1, 2])
-    length = lambda: rng.choice([1, 17, 64, 65, 127, 128, 129, rng.randint(1, 700)])  # noqa: E731
-    head_dim = rng.choice([8, 64, 64, 72, 128, 128])
-    shape = Shape(rng.choice([1, 2]), heads_kv * group, heads_kv, length(), length(), head_dim)
-    dtype = rng.choice(HALF_DTYPES)
-    names = names or rng.sample(FEATURES, rng.randint(1, 4))
-    features = draw_features(rng, shape, dtype, names)
-    if "window" in names and rng.random() < 0.6:
-        features["window"] = (rng.choice([-1, 0, 63, 100, 128, 300]), rng.choice([-1, 0, 64, 130]))
-    tensors = make_qkv_dout(shape, dtype, "cpu", rng.choice(["randn", "shifted", "randn3"]))
-    dlse = torch.randn(shape.q[:3]) if rng.random() < 0.5 else None
-    options = {
-        "causal": rng.choice(CAUSAL_MODES),
-        "scale": rng.choice([None, 0.3, -0.1]),
-        "deterministic": rng.random() < 0.5,
-    }
-    return tensors, dlse, features, options
+def check_drawn(device, algorithm, seed, given=None):
+    def draw(rng, shape, dtype):
+        names = given or rng.sample(FEATURES, rng.randint(1, 4))
+        features = draw_features(rng, shape, dtype, names)
+        if "window" in names and rng.random() < 0.6:
+            features["window"] = (rng.choice([-1, 0, 63, 100, 128, 300]), rng.choice([-1, 0, 64, 130]))
+        return features
 
-
-def check_drawn(device, algorithm, seed, names=None):
-    tensors, dlse, features, options = drawn(seed, names)
-    tensors = [x.to(device) for x in tensors]
-    dlse = None if dlse is None else dlse.to(device)
-    check_backward(*tensors, dlse, on_device(features, device), algorithm=algorithm, **options)
+    check_drawn_backward(device, algorithm, seed, draw)
 
 
 @v3

@@ -5,7 +5,7 @@ import math
 import random
 
 import torch
-from general_cases import on, on_device
+from general_cases import check_backward, on, on_device
 from inputs import ALIGNED_LAYOUTS, Shape, lay_out, make_qkv_dout
 from matrix import CAUSAL_MODES, HALF_DTYPES
 
@@ -52,6 +52,25 @@ def draw_gradient_case(rng, names, device, lengths_k=range(1, 301)):
     tensors = make_qkv_dout(shape, torch.bfloat16, device)
     dlse = torch.randn(shape.q[:3], device=device)
     return shape, (*tensors, dlse), on_device(draw_features(names, rng, shape), device)
+
+
+def check_drawn_backward(device, algorithm, seed, draw):
+    """Everything of a backward call from one seed; `draw(rng, shape, dtype)` gives its features, on the CPU."""
+    rng = random.Random(seed)
+    group, heads_kv = rng.choice([1, 1, 2, 3]), rng.choice([1, 2])
+    length = lambda: rng.choice([1, 17, 64, 65, 127, 128, 129, rng.randint(1, 700)])  # noqa: E731
+    head_dim = rng.choice([8, 64, 64, 72, 128, 128])
+    shape = Shape(rng.choice([1, 2]), heads_kv * group, heads_kv, length(), length(), head_dim)
+    dtype = rng.choice(HALF_DTYPES)
+    features = on_device(draw(rng, shape, dtype), device)
+    tensors = on(device, *make_qkv_dout(shape, dtype, "cpu", rng.choice(["randn", "shifted", "randn3"])))
+    dlse = torch.randn(shape.q[:3]).to(device) if rng.random() < 0.5 else None
+    options = {
+        "causal": rng.choice(CAUSAL_MODES),
+        "scale": rng.choice([None, 0.3, -0.1]),
+        "deterministic": rng.random() < 0.5,
+    }
+    check_backward(*tensors, dlse, features, algorithm=algorithm, **options)
 
 
 def aligned(mask):
