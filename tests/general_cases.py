@@ -5,9 +5,9 @@ import random
 
 import torch
 from error_model import ErrorModel, ulp
-from numerics import assert_lse, assert_within, causal_argument, default_scale
+from numerics import assert_lse, assert_within, causal_argument, default_scale, where_judged
 
-from flash_ext import attention_reference
+from flash_ext import attention_reference, explain
 from flash_ext.philox import dropout_factor
 
 FEATURES = ("bool_mask", "float_mask", "window", "alibi", "softcap", "sinks", "dropout", "block_mask")
@@ -65,22 +65,17 @@ def call(q, k, v, features, *, algorithm="v2", causal="none", scale=None, tile=(
 
 def dense_meaning(q, k, features, causal):
     """(visible, bias, dropout) as the error model takes them."""
-    with q.device:
-        return _dense_meaning(q, k, features, causal)
-
-
-def _dense_meaning(q, k, features, causal):
     batch, heads, seqlen_q, _ = q.shape
-    seqlen_k = k.shape[2]
+    seqlen_k, device = k.shape[2], q.device
     diagonal = 0 if causal == "top_left" else seqlen_k - seqlen_q
-    distance = torch.arange(seqlen_q)[:, None] + diagonal - torch.arange(seqlen_k)
+    distance = torch.arange(seqlen_q, device=device)[:, None] + diagonal - torch.arange(seqlen_k, device=device)
     left, right = features.get("window", (-1, -1))
-    visible = torch.ones(batch, heads, seqlen_q, seqlen_k, dtype=torch.bool)
+    visible = torch.ones(batch, heads, seqlen_q, seqlen_k, dtype=torch.bool, device=device)
     if left >= 0:
         visible &= distance <= left
     if right >= 0 or causal != "none":
         visible &= distance >= -(0 if causal != "none" else right)
-    bias = torch.zeros(batch, heads, seqlen_q, seqlen_k, dtype=torch.float64)
+    bias = torch.zeros(batch, heads, seqlen_q, seqlen_k, dtype=torch.float64, device=device)
     mask = features.get("attn_mask")
     if mask is not None and mask.dtype == torch.bool:
         visible &= mask
@@ -107,13 +102,13 @@ def reduce_to(x, shape):
     return x
 
 
-def error_model(q, k, v, exact, exact_lse, features, causal, scale, algorithm):
+def error_model(q, k, v, exact, exact_lse, features, causal, scale, algorithm, is_cuda=None):
     """And the bias that it is made with."""
     visible, bias, dropout = dense_meaning(q, k, features, causal)
     softcap = features.get("softcap", 0.0)
     model = ErrorModel(
         q, k, v, exact, exact_lse, visible, default_scale(q, scale), bias, softcap, dropout,
-        has_row_sums=algorithm not in ("auto", "v3"),
+        has_row_sums=algorithm not in ("auto", "v3"), is_cuda=is_cuda,
     )  # fmt: skip
     return model, bias
 
@@ -131,24 +126,39 @@ def check_forward(q, k, v, features, *, algorithm="v2", causal="none", scale=Non
     return out, lse
 
 
+def backward_algorithm(q, k, v, features, algorithm, causal, scale):
+    """Whose kernels compute the gradients of everything that is given."""
+    if algorithm != "auto":
+        return algorithm
+    mask = features.get("attn_mask")
+    has_sums_over_rows = mask is not None and mask.is_floating_point() and mask.shape[2] < q.shape[2]
+    if "alibi_slopes" in features or has_sums_over_rows:
+        return "v2"
+    return explain(q, k, v, causal=causal_argument(causal), scale=scale, **features).backward
+
+
 def check_call(q, k, v, dout, dlse, features, *, algorithm="v2", causal="none", scale=None, tile=(16, 16)):
     """Forward and every gradient, by the gates of numerics.py."""
     names = [name for name in ("attn_mask", "alibi_slopes", "sinks") if name in features]
     names = [name for name in names if features[name].is_floating_point()]
-    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v, *(features[name] for name in names))]
+    leaves = [x.detach().requires_grad_() for x in (q, k, v, *(features[name] for name in names))]
     given = features | dict(zip(names, leaves[3:], strict=True))
     out, lse = call(*leaves[:3], given, algorithm=algorithm, causal=causal, scale=scale, tile=tile)
-    loss = (out.double() * dout.double()).sum() + (lse.masked_fill(lse.isinf(), 0) * dlse).sum()
-    gradients = torch.autograd.grad(loss, leaves)
+    dlse = dlse.masked_fill(lse.isinf(), 0)
+    gradients = torch.autograd.grad((out, lse), leaves, (dout, dlse))
+    algorithm = backward_algorithm(q, k, v, features, algorithm, causal, scale)
 
-    doubles = [x.detach().double().requires_grad_() for x in leaves]
+    is_cuda = q.is_cuda
+    everything = (q, k, v, dout, dlse, out.detach(), lse.detach(), *features.values(), *gradients)
+    q, k, v, dout, dlse, out, lse, *rest = where_judged(*everything)
+    features, gradients = dict(zip(features, rest, strict=False)), rest[len(features) :]
+    doubles = [x.detach().double().requires_grad_() for x in (q, k, v, *(features[name] for name in names))]
     given = features | dict(zip(names, doubles[3:], strict=True))
     exact, exact_lse = attention_reference(*doubles[:3], causal=causal_argument(causal), scale=scale, **given)
-    loss = (exact * dout.double()).sum() + (exact_lse.masked_fill(exact_lse.isinf(), 0) * dlse.double()).sum()
-    expected = torch.autograd.grad(loss, doubles)
+    expected = torch.autograd.grad((exact, exact_lse), doubles, (dout.double(), dlse.double()))
     exact, exact_lse = exact.detach(), exact_lse.detach()
 
-    model, bias = error_model(q, k, v, exact, exact_lse, features, causal, scale, algorithm)
+    model, bias = error_model(q, k, v, exact, exact_lse, features, causal, scale, algorithm, is_cuda)
     assert_lse(lse, exact_lse, model.lse_sigma())
     assert_within(out, exact, model.out_sigma(), "out")
     sigmas = model.gradient_sigmas(dout, dlse, *expected[:3])
@@ -157,7 +167,6 @@ def check_call(q, k, v, dout, dlse, features, *, algorithm="v2", causal="none", 
     for name, actual, right in zip(names, gradients[3:], expected[3:], strict=True):
         assert actual.shape == right.shape
         check_bias_gradient(name, actual, right, model, dout, dlse, features, bias)
-    return out, lse, gradients
 
 
 def exact_backward(q, k, v, dout, dlse, features, *, causal="none", scale=None):
