@@ -5,6 +5,8 @@ import random
 
 import torch
 from error_model import ErrorModel, ulp
+from inputs import Shape, make_qkv_dout, with_aligned_rows
+from matrix import HALF_DTYPES
 from numerics import assert_lse, assert_within, causal_argument, default_scale, where_judged
 
 from flash_ext import attention_reference, explain
@@ -240,31 +242,37 @@ def check_bias_gradient(name, actual, right, model, dout, dlse, features, bias):
 
 def random_case(seed, names=None, device="cpu"):
     """Everything drawn from one number: tensors, features, masks, tile."""
-    from inputs import Shape, make_qkv_dout
-
     rng = random.Random(seed)
     is_cpu = device == "cpu"
+    algorithm = rng.choice(["v1", "v2"] if is_cpu else ["v1", "v2", "auto", "auto", "auto", "auto"])
     heads_kv, group = rng.choice([1, 1, 2]), rng.choice([1, 2, 3])
-    length = lambda: rng.choice([1, 5, 16, 17, 33, 70, rng.randint(1, 140 if is_cpu else 400)])  # noqa: E731
-    head_dim = rng.choice([1, 8, 24, 64] if is_cpu else [1, 8, 24, 64, 100, 128, 192, 256])
-    shape = Shape(rng.choice([1, 2, 3]), heads_kv * group, heads_kv, length(), length(), head_dim)
-    dtypes = [torch.float32, torch.float16, torch.bfloat16]
-    dtype = rng.choice([*dtypes, torch.float64] if is_cpu else dtypes)
+    lengths, longest = ([1, 5, 16, 17, 33, 70], 140) if is_cpu else ([1, 5, 17, 64, 70, 129], 400)
+    length = lambda: rng.choice([*lengths, rng.randint(1, longest)])  # noqa: E731
+    head_dims, dtypes = [1, 8, 24, 64], [torch.float64, torch.float32, *HALF_DTYPES]
+    if algorithm == "auto":  # which is v3 where that can
+        head_dims, dtypes = [8, 24, 64, 72, 128], HALF_DTYPES
+    elif not is_cpu:
+        head_dims, dtypes = [*head_dims, 100, 128, 192, 256], dtypes[1:]
+    shape = Shape(rng.choice([1, 2, 3]), heads_kv * group, heads_kv, length(), length(), rng.choice(head_dims))
+    dtype = rng.choice(dtypes)
     features = draw_features(rng, shape, dtype, names)
     q, k, v, dout = make_qkv_dout(shape, dtype, "cpu", rng.choice(["randn", "shifted", "randn3"]))
     dlse = torch.randn(shape.q[:3], dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     options = {
-        "algorithm": rng.choice(["v1", "v2"]),
+        "algorithm": algorithm,
         "causal": rng.choice(["none", "bottom_right", "top_left"]),
         "scale": rng.choice([None, 0.3]),
         "tile": rng.choice([(16, 16), (7, 9), (64, 32)]),
     }
-    return (*on(device, q, k, v, dout, dlse), on_device(features, device)), options
+    features = on_device(features, device)
+    if "attn_mask" in features and rng.random() < 0.75:
+        features["attn_mask"] = with_aligned_rows(features["attn_mask"])
+    return (*on(device, q, k, v, dout, dlse), features), options
 
 
 def on(device, *tensors):
-    return tuple(x.to(device) for x in tensors)
+    return tuple(x.to(device, non_blocking=not x.is_cuda) for x in tensors)
 
 
 def on_device(arguments, device):
-    return {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
+    return {name: on(device, x)[0] if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
