@@ -11,7 +11,7 @@ MISSING = "needs "  # every skip for lack of hardware starts with this
 
 
 def pytest_addoption(parser):
-    parser.addoption("--fuzz-cases", type=int, default=1000, help="random cases per device (test_fuzz.py)")
+    parser.addoption("--fuzz-cases", type=int, default=1000, help="random cases per device (test_fuzz*.py)")
 
 
 def pytest_configure(config):

@@ -54,8 +54,10 @@ class ErrorModel:
     # Whether dQ is corrected by the sums of the computed rows of dS. v3 has none: under a soft cap it does
     # without the mean of the keys, and with a sink it does not learn the error of delta.
     has_row_sums: bool = True
+    is_cuda: bool | None = None  # whose results are judged; None: those of the tensors' device
 
     def __post_init__(self):
+        self.is_cuda = self.q.is_cuda if self.is_cuda is None else self.is_cuda
         self.dtype = self.q.dtype
         computed_in = torch.finfo(torch.float64 if self.dtype == torch.float64 else torch.float32)
         self.eps = computed_in.eps
@@ -144,7 +146,7 @@ class ErrorModel:
         cap_variance = (4 * self.eps) ** 2 * ds2 if self.softcap else 0.0 * ds2
         ds, ds2, ds_variance = ds * self.cap, ds2 * self.cap**2, ds_variance * self.cap**2 + cap_variance
         p2, weights = p2 * self.cap**2, self.p * self.cap
-        if self.q.is_cuda and head_dim > 128:
+        if self.is_cuda and head_dim > 128:
             # v3's warpgroups hand P on as an operand, rounded, and dS is computed from that.
             ds_variance += self.p_rounding * dp.square()
 
@@ -152,10 +154,10 @@ class ErrorModel:
         # such thing, and in fp64 its error counts as much as the kernel's.
         key_sum = self.k.sum(2, keepdim=True)
         # The CUDA kernels take the mean of at most 512 keys, evenly spaced: an outlier among them shows.
-        step = -(-seqlen_k // 512) if self.k.is_cuda else 1
+        step = -(-seqlen_k // 512) if self.is_cuda else 1
         sampled = self.k[:, :, :: max(1, step)]
         mean = sampled.mean(2, keepdim=True).nan_to_num()
-        if self.k.is_cuda:
+        if self.is_cuda:
             # They round it, and leave columns as they are whose mean is small beside their values.
             is_small = mean.square() <= sampled.square().mean(2, keepdim=True) / 16
             mean = mean.masked_fill(is_small, 0.0).to(self.dtype)

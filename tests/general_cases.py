@@ -6,9 +6,11 @@ import random
 import torch
 from calls import assert_same_bits
 from error_model import ErrorModel, ulp
-from numerics import assert_lse, assert_within, causal_argument, default_scale, relative_error
+from inputs import Shape, make_qkv_dout, with_aligned_rows
+from matrix import HALF_DTYPES
+from numerics import assert_lse, assert_within, causal_argument, default_scale, relative_error, where_judged
 
-from flash_ext import attention_reference
+from flash_ext import attention_reference, explain
 from flash_ext.philox import dropout_factor
 
 FEATURES = ("bool_mask", "float_mask", "window", "alibi", "softcap", "sinks", "dropout", "block_mask")
@@ -66,22 +68,17 @@ def call(q, k, v, features, *, algorithm="v2", causal="none", scale=None, tile=(
 
 def dense_meaning(q, k, features, causal):
     """(visible, bias, dropout) as the error model takes them."""
-    with q.device:
-        return _dense_meaning(q, k, features, causal)
-
-
-def _dense_meaning(q, k, features, causal):
     batch, heads, seqlen_q, _ = q.shape
-    seqlen_k = k.shape[2]
+    seqlen_k, device = k.shape[2], q.device
     diagonal = 0 if causal == "top_left" else seqlen_k - seqlen_q
-    distance = torch.arange(seqlen_q)[:, None] + diagonal - torch.arange(seqlen_k)
+    distance = torch.arange(seqlen_q, device=device)[:, None] + diagonal - torch.arange(seqlen_k, device=device)
     left, right = features.get("window", (-1, -1))
-    visible = torch.ones(batch, heads, seqlen_q, seqlen_k, dtype=torch.bool)
+    visible = torch.ones(batch, heads, seqlen_q, seqlen_k, dtype=torch.bool, device=device)
     if left >= 0:
         visible &= distance <= left
     if right >= 0 or causal != "none":
         visible &= distance >= -(0 if causal != "none" else right)
-    bias = torch.zeros(batch, heads, seqlen_q, seqlen_k, dtype=torch.float64)
+    bias = torch.zeros(batch, heads, seqlen_q, seqlen_k, dtype=torch.float64, device=device)
     mask = features.get("attn_mask")
     if mask is not None and mask.dtype == torch.bool:
         visible &= mask
@@ -108,13 +105,13 @@ def reduce_to(x, shape):
     return x
 
 
-def error_model(q, k, v, exact, exact_lse, features, causal, scale, algorithm):
+def error_model(q, k, v, exact, exact_lse, features, causal, scale, algorithm, is_cuda=None):
     """And the bias that it is made with."""
     visible, bias, dropout = dense_meaning(q, k, features, causal)
     softcap = features.get("softcap", 0.0)
     model = ErrorModel(
         q, k, v, exact, exact_lse, visible, default_scale(q, scale), bias, softcap, dropout,
-        has_row_sums=algorithm not in ("auto", "v3"),
+        has_row_sums=algorithm not in ("auto", "v3"), is_cuda=is_cuda,
     )  # fmt: skip
     return model, bias
 
@@ -132,24 +129,39 @@ def check_forward(q, k, v, features, *, algorithm="v2", causal="none", scale=Non
     return out, lse
 
 
+def backward_algorithm(q, k, v, features, algorithm, causal, scale):
+    """Whose kernels compute the gradients of everything that is given."""
+    if algorithm != "auto":
+        return algorithm
+    mask = features.get("attn_mask")
+    has_sums_over_rows = mask is not None and mask.is_floating_point() and mask.shape[2] < q.shape[2]
+    if "alibi_slopes" in features or has_sums_over_rows:
+        return "v2"
+    return explain(q, k, v, causal=causal_argument(causal), scale=scale, **features).backward
+
+
 def check_call(q, k, v, dout, dlse, features, *, algorithm="v2", causal="none", scale=None, tile=(16, 16)):
     """Forward and every gradient, by the gates of numerics.py."""
     names = [name for name in ("attn_mask", "alibi_slopes", "sinks") if name in features]
     names = [name for name in names if features[name].is_floating_point()]
-    leaves = [x.detach().clone().requires_grad_() for x in (q, k, v, *(features[name] for name in names))]
+    leaves = [x.detach().requires_grad_() for x in (q, k, v, *(features[name] for name in names))]
     given = features | dict(zip(names, leaves[3:], strict=True))
     out, lse = call(*leaves[:3], given, algorithm=algorithm, causal=causal, scale=scale, tile=tile)
-    loss = (out.double() * dout.double()).sum() + (lse.masked_fill(lse.isinf(), 0) * dlse).sum()
-    gradients = torch.autograd.grad(loss, leaves)
+    dlse = dlse.masked_fill(lse.isinf(), 0)
+    gradients = torch.autograd.grad((out, lse), leaves, (dout, dlse))
+    algorithm = backward_algorithm(q, k, v, features, algorithm, causal, scale)
 
-    doubles = [x.detach().double().requires_grad_() for x in leaves]
+    is_cuda = q.is_cuda
+    everything = (q, k, v, dout, dlse, out.detach(), lse.detach(), *features.values(), *gradients)
+    q, k, v, dout, dlse, out, lse, *rest = where_judged(*everything)
+    features, gradients = dict(zip(features, rest, strict=False)), rest[len(features) :]
+    doubles = [x.detach().double().requires_grad_() for x in (q, k, v, *(features[name] for name in names))]
     given = features | dict(zip(names, doubles[3:], strict=True))
     exact, exact_lse = attention_reference(*doubles[:3], causal=causal_argument(causal), scale=scale, **given)
-    loss = (exact * dout.double()).sum() + (exact_lse.masked_fill(exact_lse.isinf(), 0) * dlse.double()).sum()
-    expected = torch.autograd.grad(loss, doubles)
+    expected = torch.autograd.grad((exact, exact_lse), doubles, (dout.double(), dlse.double()))
     exact, exact_lse = exact.detach(), exact_lse.detach()
 
-    model, bias = error_model(q, k, v, exact, exact_lse, features, causal, scale, algorithm)
+    model, bias = error_model(q, k, v, exact, exact_lse, features, causal, scale, algorithm, is_cuda)
     assert_lse(lse, exact_lse, model.lse_sigma())
     assert_within(out, exact, model.out_sigma(), "out")
     sigmas = model.gradient_sigmas(dout, dlse, *expected[:3])
@@ -158,7 +170,6 @@ def check_call(q, k, v, dout, dlse, features, *, algorithm="v2", causal="none", 
     for name, actual, right in zip(names, gradients[3:], expected[3:], strict=True):
         assert actual.shape == right.shape
         check_bias_gradient(name, actual, right, model, dout, dlse, features, bias)
-    return out, lse, gradients
 
 
 def exact_backward(q, k, v, dout, dlse, features, *, causal="none", scale=None):
@@ -255,31 +266,37 @@ def check_bias_gradient(name, actual, right, model, dout, dlse, features, bias):
 
 def random_case(seed, names=None, device="cpu"):
     """Everything drawn from one number: tensors, features, masks, tile."""
-    from inputs import Shape, make_qkv_dout
-
     rng = random.Random(seed)
     is_cpu = device == "cpu"
+    algorithm = rng.choice(["v1", "v2"] if is_cpu else ["v1", "v2", "auto", "auto", "auto", "auto"])
     heads_kv, group = rng.choice([1, 1, 2]), rng.choice([1, 2, 3])
-    length = lambda: rng.choice([1, 5, 16, 17, 33, 70, rng.randint(1, 140 if is_cpu else 400)])  # noqa: E731
-    head_dim = rng.choice([1, 8, 24, 64] if is_cpu else [1, 8, 24, 64, 100, 128, 192, 256])
-    shape = Shape(rng.choice([1, 2, 3]), heads_kv * group, heads_kv, length(), length(), head_dim)
-    dtypes = [torch.float32, torch.float16, torch.bfloat16]
-    dtype = rng.choice([*dtypes, torch.float64] if is_cpu else dtypes)
+    lengths, longest = ([1, 5, 16, 17, 33, 70], 140) if is_cpu else ([1, 5, 17, 64, 70, 129], 400)
+    length = lambda: rng.choice([*lengths, rng.randint(1, longest)])  # noqa: E731
+    head_dims, dtypes = [1, 8, 24, 64], [torch.float64, torch.float32, *HALF_DTYPES]
+    if algorithm == "auto":  # which is v3 where that can
+        head_dims, dtypes = [8, 24, 64, 72, 128], HALF_DTYPES
+    elif not is_cpu:
+        head_dims, dtypes = [*head_dims, 100, 128, 192, 256], dtypes[1:]
+    shape = Shape(rng.choice([1, 2, 3]), heads_kv * group, heads_kv, length(), length(), rng.choice(head_dims))
+    dtype = rng.choice(dtypes)
     features = draw_features(rng, shape, dtype, names)
     q, k, v, dout = make_qkv_dout(shape, dtype, "cpu", rng.choice(["randn", "shifted", "randn3"]))
     dlse = torch.randn(shape.q[:3], dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     options = {
-        "algorithm": rng.choice(["v1", "v2"]),
+        "algorithm": algorithm,
         "causal": rng.choice(["none", "bottom_right", "top_left"]),
         "scale": rng.choice([None, 0.3]),
         "tile": rng.choice([(16, 16), (7, 9), (64, 32)]),
     }
-    return (*on(device, q, k, v, dout, dlse), on_device(features, device)), options
+    features = on_device(features, device)
+    if "attn_mask" in features and rng.random() < 0.75:
+        features["attn_mask"] = with_aligned_rows(features["attn_mask"])
+    return (*on(device, q, k, v, dout, dlse), features), options
 
 
 def on(device, *tensors):
-    return tuple(x.to(device) for x in tensors)
+    return tuple(x.to(device, non_blocking=not x.is_cuda) for x in tensors)
 
 
 def on_device(arguments, device):
-    return {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}
+    return {name: on(device, x)[0] if isinstance(x, torch.Tensor) else x for name, x in arguments.items()}

@@ -1,5 +1,6 @@
 """Shapes, data families and memory layouts that the tests share. Random numbers come from torch's seed."""
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -192,6 +193,14 @@ def lay_out(tensor, layout, fill=0.0):
     placed = LAYOUTS[layout](tensor, fill)
     assert placed.stride(-1) == 1 or tensor.shape[-1] == 1
     return placed
+
+
+def with_aligned_rows(mask):
+    """A copy whose rows begin at multiples of 16 bytes, as v3 takes it, with what must not be read between."""
+    seqlen_k = mask.shape[-1]
+    fill = True if mask.dtype == torch.bool else math.nan
+    shape = (*mask.shape[:-1], -(-seqlen_k // 16) * 16 + 16)
+    return _inside(mask, shape, lambda b: b[..., :seqlen_k], fill)
 
 
 def far_apart(tensor, dim):

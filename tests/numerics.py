@@ -100,6 +100,22 @@ def assert_same_infinities(actual, reference, what):
         )
 
 
+# ---- where to judge ------------------------------------------------------------------------------
+
+# Scores up to which the CPU judges what a GPU has computed. The reference and the error model are
+# hundreds of operations: small ones cost a GPU their launches, and processes that share it a turn for each.
+MAX_SCORES_ON_CPU = 1 << 18
+
+
+def where_judged(q, k, *others):
+    """All of them, on the CPU if they are small. What is no tensor stays as it is."""
+    if not q.is_cuda or q.numel() // q.shape[-1] * k.shape[2] > MAX_SCORES_ON_CPU:
+        return q, k, *others
+    copies = [x.to("cpu", non_blocking=True) if isinstance(x, torch.Tensor) else x for x in (q, k, *others)]
+    torch.cuda.synchronize(q.device)
+    return copies
+
+
 # ---- the gate in units of the expected error -----------------------------------------------------
 
 
@@ -152,24 +168,28 @@ def assert_lse(actual, reference, sigma=0.0):
     _require(excess.max().item(), 0.0, "lse", f"error beyond {atol:g} + {rtol:g} * |lse| at {where}")
 
 
-def _model(q, k, v, out, lse, causal, scale):
+def _model(q, k, v, out, lse, causal, scale, is_cuda):
     visible = visible_keys(causal, q.shape[2], k.shape[2], q.device)
-    return ErrorModel(q, k, v, out, lse, visible, default_scale(q, scale))
+    return ErrorModel(q, k, v, out, lse, visible, default_scale(q, scale), is_cuda=is_cuda)
 
 
 def check_forward(out, lse, q, k, v, *, causal="none", scale=None):
+    is_cuda = q.is_cuda
+    q, k, v, out, lse = where_judged(q, k, v, out, lse)
     exact, exact_lse = attention_reference(q, k, v, causal=causal_argument(causal), scale=scale)
     assert out.dtype == q.dtype
     assert lse.dtype == (torch.float64 if q.dtype == torch.float64 else torch.float32)
-    model = _model(q, k, v, exact, exact_lse, causal, scale)
+    model = _model(q, k, v, exact, exact_lse, causal, scale, is_cuda)
     assert_lse(lse, exact_lse, model.lse_sigma())
     assert_within(out, exact, model.out_sigma(), "out")
 
 
 def check_gradients(gradients, q, k, v, dout, *, dlse=None, causal="none", scale=None):
     """`gradients` is (dq, dk, dv); None where one was not asked for."""
+    is_cuda = q.is_cuda
+    q, k, v, dout, dlse, *gradients = where_judged(q, k, v, dout, dlse, *gradients)
     out, lse, *exact = reference_gradients(q, k, v, dout, dlse=dlse, causal=causal, scale=scale)
-    sigmas = _model(q, k, v, out, lse, causal, scale).gradient_sigmas(dout, dlse, *exact)
+    sigmas = _model(q, k, v, out, lse, causal, scale, is_cuda).gradient_sigmas(dout, dlse, *exact)
     for name, actual, *expected in zip(("dq", "dk", "dv"), gradients, exact, sigmas, strict=True):
         if actual is not None:
             assert actual.dtype == q.dtype

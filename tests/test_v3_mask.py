@@ -9,9 +9,9 @@ import pytest
 import torch
 from calls import assert_same_bits
 from general_cases import call, check_call, check_forward
-from inputs import Shape, make_qkv
+from inputs import Shape, make_qkv, with_aligned_rows
 from matrix import CAUSAL_MODES, HALF_DTYPES, dtype_name
-from v3_cases import COMBINATIONS, MASK_SHAPES, aligned, draw_case, draw_gradient_case, make_mask
+from v3_cases import COMBINATIONS, MASK_SHAPES, draw_case, draw_gradient_case, make_mask
 
 import flash_ext
 
@@ -76,7 +76,7 @@ def test_rows_without_keys(device, algorithm, head_dim, kind):
     hidden = torch.zeros(1, 1, 300, 400, dtype=torch.bool, device=device)
     hidden[:, :, 3:5], hidden[:, :, 64:192], hidden[:, :, 250:, 128:], hidden[:, :, 299] = True, True, True, True
     mask = ~hidden if kind == "bool" else torch.zeros(hidden.shape, device=device).masked_fill(hidden, -math.inf)
-    mask = aligned(mask if kind == "bool" else mask.to(BF16))
+    mask = with_aligned_rows(mask if kind == "bool" else mask.to(BF16))
     for features in ({}, {"sinks": torch.tensor([0.5, -3.0], device=device)}):
         out, lse = check_forward(q, k, v, {"attn_mask": mask, **features}, algorithm=algorithm)
         assert out[:, :, 64:192].abs().max().item() == 0
@@ -96,7 +96,7 @@ def test_least_finite_numbers(device, algorithm, options, dtype, head_dim):
     mask = torch.zeros(1, 1, 200, 300, dtype=dtype, device=device)
     mask.masked_fill_(torch.rand(mask.shape, device=device) < 0.5, torch.finfo(dtype).min)
     mask[:, :, 100:140] = torch.finfo(dtype).min
-    out, _ = check_forward(q, k, v, {"attn_mask": aligned(mask), **options}, algorithm=algorithm, scale=scale)
+    out, _ = check_forward(q, k, v, {"attn_mask": with_aligned_rows(mask), **options}, algorithm=algorithm, scale=scale)
     if dtype == BF16:  # whose least number takes in all scores
         expected = v.float().mean(2, keepdim=True).expand(-1, -1, 40, -1)
         torch.testing.assert_close(out[:, :, 100:140].float(), expected, rtol=0.01, atol=1e-3)

@@ -7,10 +7,10 @@ import pytest
 import torch
 from calls import assert_same_bits
 from general_cases import assert_near, check_backward, check_bias_gradient, check_repeatable_backward, error_model
-from inputs import Shape, make_qkv_dout
+from inputs import Shape, make_qkv_dout, with_aligned_rows
 from matrix import CAUSAL_MODES, HALF_DTYPES, dtype_name
 from numerics import causal_argument
-from v3_cases import MASK_SHAPES, aligned, make_mask
+from v3_cases import MASK_SHAPES, make_mask
 
 from flash_ext import attention_reference
 
@@ -82,7 +82,7 @@ def test_rows_without_keys(device, algorithm, head_dim, kind):
     hidden = torch.zeros(1, 1, 300, 400, dtype=torch.bool, device=device)
     hidden[:, :, 3:5], hidden[:, :, 64:192], hidden[:, :, 250:, 128:] = True, True, True
     mask = ~hidden if kind == "bool" else torch.zeros(hidden.shape, device=device).masked_fill(hidden, -math.inf)
-    mask = aligned(mask if kind == "bool" else mask.to(BF16))
+    mask = with_aligned_rows(mask if kind == "bool" else mask.to(BF16))
     dq, *_ = check_backward(q, k, v, dout, None, {"attn_mask": mask}, algorithm=algorithm)
     assert dq[:, :, 64:192].abs().max().item() == 0
 
@@ -97,7 +97,7 @@ def test_least_finite_numbers(device, algorithm, dtype, scale, head_dim):
     mask = torch.zeros(1, 1, 200, 300, dtype=dtype, device=device)
     mask.masked_fill_(torch.rand(mask.shape, device=device) < 0.5, torch.finfo(dtype).min)
     mask[:, :, 100:140] = torch.finfo(dtype).min
-    options = {"attn_mask": aligned(mask), "scale": scale}
+    options = {"attn_mask": with_aligned_rows(mask), "scale": scale}
     out, lse = torch.ops.flash_ext.general_forward(q, k, v, algorithm="v2", **options)
     runs = [
         torch.ops.flash_ext.general_backward(

@@ -6,7 +6,7 @@ import random
 
 import torch
 from general_cases import check_backward, on, on_device
-from inputs import ALIGNED_LAYOUTS, Shape, lay_out, make_qkv_dout
+from inputs import ALIGNED_LAYOUTS, Shape, lay_out, make_qkv_dout, with_aligned_rows
 from matrix import CAUSAL_MODES, HALF_DTYPES
 
 FEATURES = ("window", "alibi", "softcap", "sinks")
@@ -73,19 +73,10 @@ def check_drawn_backward(device, algorithm, seed, draw):
     check_backward(*tensors, dlse, features, algorithm=algorithm, **options)
 
 
-def aligned(mask):
-    """The same numbers in rows that begin at multiples of 16 bytes, with what must not be read between them."""
-    seqlen_k = mask.shape[-1]
-    padded = torch.empty(*mask.shape[:-1], -(-seqlen_k // 16) * 16 + 16, dtype=mask.dtype, device=mask.device)
-    padded.fill_(True if mask.dtype == torch.bool else math.nan)
-    padded[..., :seqlen_k] = mask
-    return padded[..., :seqlen_k]
-
-
 def make_mask(kind, letters, shape, dtype, device, hidden=0.3):
     sizes = {"b": shape.batch, "h": shape.heads, "q": shape.seqlen_q, "k": shape.seqlen_k, "1": 1}
     sizes = [sizes[letter] for letter in letters]
     visible = torch.rand(sizes, device=device) >= hidden
     if kind == "bool":
-        return aligned(visible)
-    return aligned((2 * torch.randn(sizes, device=device)).masked_fill(~visible, -math.inf).to(dtype))
+        return with_aligned_rows(visible)
+    return with_aligned_rows((2 * torch.randn(sizes, device=device)).masked_fill(~visible, -math.inf).to(dtype))
