@@ -55,8 +55,9 @@ def pytest_runtest_setup(item):
 
 
 @pytest.fixture(autouse=True)
-def seed(request):
-    """Each test draws the same numbers whether it runs alone or with others. Shown when a test fails."""
+def torch_seed(request):
+    """Each test draws the same numbers whether it runs alone or with others. Shown when a test fails. Not called
+    `seed`: a parameter of that name would take this fixture's place."""
     value = zlib.crc32(request.node.name.encode())
     print(f"torch.manual_seed({value})")
     torch.manual_seed(value)

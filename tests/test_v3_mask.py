@@ -30,10 +30,11 @@ head_dims = pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("dtype", HALF_DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("letters", MASK_SHAPES)
 def test_broadcasts(device, algorithm, letters, dtype, head_dim, kind):
+    rng = random.Random(f"{letters}{dtype}{head_dim}{kind}")
     for seqlen_q, seqlen_k in ((150, 300), (457, 129), (1, 640)):
         shape = Shape(2, 4, 2, seqlen_q, seqlen_k, head_dim)
         q, k, v = make_qkv(shape, dtype, device)
-        mask = make_mask(kind, letters, shape, dtype, device, hidden=random.choice([0.0, 0.3, 0.95]))
+        mask = make_mask(kind, letters, shape, dtype, device, hidden=rng.choice([0.0, 0.3, 0.95]))
         for causal in ("none", "bottom_right"):
             check_forward(q, k, v, {"attn_mask": mask}, algorithm=algorithm, causal=causal)
 
