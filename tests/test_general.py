@@ -377,4 +377,4 @@ def test_bias_gradients_repeat_to_the_bit(device, mask_shape):
 
     first = gradients()
     for _ in range(5):
-        assert_same_bits(gradients(), first, "gradients")
+        assert_same_bits(gradients(), first, "gradients", GRADIENTS)
