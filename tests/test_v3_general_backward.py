@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 from calls import assert_same_bits
-from general_cases import check_backward, check_repeatable_backward, draw_features
+from general_cases import GRADIENTS, check_backward, check_repeatable_backward, draw_features
 from inputs import Shape, make_qkv_dout
 from matrix import CAUSAL_MODES, HALF_DTYPES, dtype_name
 from v3_cases import check_drawn_backward
@@ -158,12 +158,7 @@ REFUSED = {
 def test_refused(case):
     """By name where v3 was asked for; "auto" takes v2."""
     arguments, reason = REFUSED[case]
-    options = {
-        name: torch.ones(x, device="cuda")
-        if isinstance(x, tuple)
-        else x
-        for name, x in arguments.items()
-    }
+    options = {name: torch.ones(x, device="cuda") if isinstance(x, tuple) else x for name, x in arguments.items()}
     q, k, v, dout = make_qkv_dout(Shape(2, 4, 2, 70, 90, 64), torch.bfloat16, "cuda")
     out, lse = torch.ops.flash_ext.general_forward(q, k, v, algorithm="v2", **options)
     given = (dout, q, k, v, out, lse)
@@ -173,4 +168,4 @@ def test_refused(case):
         torch.ops.flash_ext.general_backward(*given, algorithm=name, deterministic=True, **options)
         for name in ("auto", "v2")
     )
-    assert_same_bits(automatic, v2, "algorithm='auto'")
+    assert_same_bits(automatic, v2, "algorithm='auto'", GRADIENTS)

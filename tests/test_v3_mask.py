@@ -137,7 +137,7 @@ REFUSED = {
     "needs an attn_mask whose keys lie side by side": lambda zeros: zeros(48, 40, dtype=BF16).mT,
     "needs an attn_mask with rows that begin at multiples of 16 bytes": lambda zeros: zeros(40, 49, dtype=BF16)[:, 1:],
     "needs an attn_mask with rows that begin": lambda zeros: zeros(40, 52, dtype=BF16)[:, :48],
-    "needs an attn_mask with rows": lambda zeros: ~zeros(40, 56, dtype=torch.bool)[:, :48],
+    "needs an attn_mask with rows": lambda zeros: (~zeros(40, 56, dtype=torch.bool))[:, :48],
 }
 
 
