@@ -3,9 +3,9 @@
 
 #include "ptx/warpgroup.cuh"
 #include "sm90/copy_tile.cuh"
-#include "sm90/store_rows.cuh"
 #include "sm90/warpgroup_gemm.cuh"
 #include "v3/forward/config.cuh"
+#include "v3/forward/output_rows.cuh"
 #include "v3/forward/pin_before_wait.cuh"
 
 namespace flash_ext::v3::forward {
@@ -102,7 +102,7 @@ class Consumer {
       pass_turn();
     }
     skip_blocks(work);
-    if (Config::kSplitsKeys) note_empty_share(tile_of(work));
+    if (Config::kSplitsKeys) output().note_empty_share(tile_of(work));
     release_q(work);
   }
 
@@ -211,17 +211,17 @@ class Consumer {
     ptx::wgmma_fence();
     issue_product(work);
     float inverse_sums[2];
-    finish_rows(inverse_sums, tile);  // meanwhile
+    output().finish(inverse_sums, tile, softmax_, dropout_);  // meanwhile
     ptx::wgmma_wait_group<0>();
     release_v();
     if constexpr (Config::kSplitsKeys) {
-      store_share(tile, inverse_sums);
+      output().store_share(tile, acc_o_, inverse_sums);
     } else if constexpr (Config::kStagesOutput) {
       stage_rows(work, inverse_sums);
       release_q(work);
       if constexpr (Config::kIsGeneral) skip_blocks_behind(tile.skipped_behind);
     } else {
-      store_rows(tile, inverse_sums);
+      output().store(tile, acc_o_, inverse_sums);
     }
   }
 
@@ -264,46 +264,8 @@ class Consumer {
     return band;
   }
 
-  // Where the tile's rows begin among the rows of all heads, of one share of the keys after
-  // another.
-  __device__ __forceinline__ int64_t head_row(const WarpgroupTile& tile) const {
-    if constexpr (Config::kIsGeneral) {
-      return p_.sequences.lse_index({tile.q_begin}, tile.batch_idx, tile.head_idx,
-                                    p_.schedule.heads_q, 0);
-    }
-    const int64_t batch_head = int64_t{tile.batch_idx} * p_.schedule.heads_q + tile.head_idx;
-    const int64_t before =
-        Config::kSplitsKeys ? int64_t{tile.split} * p_.schedule.order.num_heads : 0;
-    return (before + batch_head) * p_.mask.seqlen_q;
-  }
-
-  // Of the tile's sequence.
-  __device__ __forceinline__ int num_rows(const WarpgroupTile& tile) const {
-    if constexpr (Config::kIsGeneral) return tile.seqlen_q;
-    return p_.mask.seqlen_q;
-  }
-
-  // 1 / l, and L = m + log l or, where the keys are split, m and l.
-  __device__ __forceinline__ void finish_rows(float (&inverse_sums)[2], const WarpgroupTile& tile) {
-    float* const lse = p_.lse + head_row(tile);
-    float2* const stats = p_.shares.stats + head_row(tile);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float sum = quad_sum(softmax_.row_sum[half]) * dropout_.sum_factor();
-      float max = softmax_.row_max[half] * p_.scale.natural;
-      float own_factor = 1.f;
-      if constexpr (Config::kIsGeneral) own_factor = join_sink(tile.sink, max, sum);
-      own_factor *= dropout_.out_factor();
-      inverse_sums[half] = sum > 0.f ? own_factor * ptx::rcp_approx(sum) : 0.f;
-      const int row = tile.row0 + 16 * warp_idx_ + lane_idx_ / 4 + 8 * half;
-      if (lane_idx_ % 4 == 0 && row < num_rows(tile)) {
-        if (Config::kSplitsKeys) {
-          stats[row] = make_float2(softmax_.row_max[half], sum);
-        } else {
-          lse[row] = log_sum_exp(max, sum);
-        }
-      }
-    }
+  __device__ __forceinline__ OutputRows<Config> output() const {
+    return {p_, warp_idx_, lane_idx_};
   }
 
   // To this warp's own rows of Q, which nobody reads any more. The producer sends them.
@@ -311,45 +273,6 @@ class Consumer {
     sm90::store_accumulator(smem_.q[work.q_stage][warpgroup_idx_], acc_o_, inverse_sums,
                             16 * warp_idx_, lane_idx_);
     ptx::fence_proxy_async();
-  }
-
-  __device__ __forceinline__ void store_rows(const WarpgroupTile& tile,
-                                             const float (&inverse_sums)[2]) {
-#pragma unroll
-    for (int n = 0; n < Config::kHeadDim / 8; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) acc_o_[n][i] *= inverse_sums[i / 2];
-    }
-    const int row0 = tile.row0 + 16 * warp_idx_;
-    auto* const out = static_cast<Element*>(p_.out.data) + tile.batch_idx * p_.out.batch_stride +
-                      tile.head_idx * p_.out.head_stride + row0 * p_.out.row_stride;
-    sm90::store_rows(out, p_.out.row_stride, p_.mask.seqlen_q - row0, p_.head_dim, acc_o_, 1.f,
-                     lane_idx_);
-  }
-
-  // In fp32, to be merged with the other shares.
-  __device__ __forceinline__ void store_share(const WarpgroupTile& tile,
-                                              const float (&inverse_sums)[2]) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = tile.row0 + 16 * warp_idx_ + lane_idx_ / 4 + 8 * half;
-      if (row >= p_.mask.seqlen_q) continue;
-      float* const out = p_.shares.out + (head_row(tile) + row) * Config::kHeadDim;
-#pragma unroll
-      for (int n = 0; n < Config::kHeadDim / 8; ++n) {
-        *reinterpret_cast<float2*>(out + 8 * n + lane_idx_ % 4 * 2) = make_float2(
-            acc_o_[n][2 * half] * inverse_sums[half], acc_o_[n][2 * half + 1] * inverse_sums[half]);
-      }
-    }
-  }
-
-  // This warpgroup's rows see none of the tile's share of the keys.
-  __device__ __forceinline__ void note_empty_share(const WarpgroupTile& tile) {
-    const int thread_idx = threadIdx.x % 128;
-    const int row = tile.row0 + thread_idx;
-    if (thread_idx < kRowsPerWarpgroup && row >= 0 && row < p_.mask.seqlen_q) {
-      p_.shares.stats[head_row(tile) + row] = make_float2(-INFINITY, 0.f);
-    }
   }
 
   // The producer may fill the Q buffer again, after sending off the O that was staged in it.

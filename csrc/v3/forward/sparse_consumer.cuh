@@ -151,12 +151,12 @@ class SparseConsumer : public Consumer<Config> {
       sm90::wait_full(smem_.v_barriers, product_at_);
       ptx::wgmma_fence();
       issue_product(work);
-      this->finish_rows(inverse_sums, tile);  // meanwhile
+      this->output().finish(inverse_sums, tile, this->softmax_, this->dropout_);  // meanwhile
       ptx::wgmma_wait_group<0>();
       release_product();
     } else {
       if (!work.accumulates) clear_output();  // these rows see nothing
-      this->finish_rows(inverse_sums, tile);
+      this->output().finish(inverse_sums, tile, this->softmax_, this->dropout_);
     }
     this->stage_rows(work, inverse_sums);
     this->release_q(work);
