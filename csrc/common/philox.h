@@ -19,8 +19,7 @@ struct Philox4 {
   uint32_t word[4];
 };
 
-// In one instruction: of the plain product nvcc adds up the upper half, at a third of Philox's
-// time.
+// In one instruction: of the plain product nvcc adds up the upper half.
 FLASH_HOST_DEVICE uint64_t multiply_wide(uint32_t a, uint32_t b) {
 #ifdef __CUDA_ARCH__
   uint64_t product;

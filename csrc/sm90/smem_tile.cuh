@@ -56,6 +56,13 @@ class Descriptor {
     return Descriptor(tile, Tile::kSlabBytes);
   }
 
+  // B of which all rows are alike: eight elements of 16 bits each column, read twice.
+  template <typename Element>
+  __device__ static Descriptor same_along_k(const Element (*columns)[8]) {
+    return Descriptor(uint64_t{8 * 16 / 16} << 32 |  // no swizzle; from eight columns to the next
+                      (ptx::smem_addr(columns) & 0x3ffff) >> 4);
+  }
+
   // The operand that begins `index` tiles further on.
   template <typename Tile>
   __device__ __forceinline__ Descriptor tile(int index) const {

@@ -6,6 +6,7 @@
 
 #include "sm90/pipeline.cuh"
 #include "sm90/smem_tile.cuh"
+#include "v3/forward/alibi.cuh"
 #include "v3/forward/dropout.cuh"
 #include "v3/forward/general_softmax.cuh"
 #include "v3/forward/kernel_params.cuh"
@@ -37,13 +38,15 @@ enum class Variant {
   kHalves,     // a first block of which only the first half is seen is computed by half
   kSplit,      // the keys are split, see splits.h
   kGeneral,    // see general_scores.cuh and sequence_maps.cuh
-  kSoftcap,    // the same with a softcap, which those below take, too
-  kDropout,    // the same with dropout
-  kFloatMask,  // and with an attn_mask of q's type, or bool; with or without dropout
-  kBoolMask,
+  kAlibi,      // the same with alibi_slopes, which those below take, too
+  kSoftcap,    // and with a softcap, likewise
+  kDropout,    // and with dropout
+  kFloatMask,  // and with an attn_mask of q's type, without softcap
+  kCappedFloatMask,
   kFloatMaskDropout,
+  kBoolMask,  // and with one of bool
   kBoolMaskDropout,
-  kSparse,        // the same under a block_mask
+  kSparse,        // under a block_mask
   kBiasedSparse,  // and with softcap or alibi_slopes
 };
 
@@ -74,6 +77,8 @@ struct TileShape<96, Variant::kPlain> : Shape<2, 128, 2, 2, 2, 2> {};
 template <>
 struct TileShape<128, Variant::kPlain> : Shape<2, 128, 2, 2, 2, 2, Turns::kFirstBlock> {};
 template <>
+struct TileShape<128, Variant::kSoftcap> : Shape<2, 128, 2, 2, 2, 0, Turns::kFirstBlock> {};
+template <>
 struct TileShape<192, Variant::kPlain> : Shape<2, 96, 2, 2, 1, 1> {};
 template <>
 struct TileShape<256, Variant::kPlain> : Shape<2, 64, 2, 2, 1, 0> {};
@@ -92,8 +97,9 @@ struct Config : TileShape<kHeadDim_, kVariant> {
   static constexpr int kHeadDim = kHeadDim_;
   static constexpr bool kHalvesFirst = kVariant == Variant::kHalves;
   static constexpr bool kSplitsKeys = kVariant == Variant::kSplit;
-  static constexpr bool kAddsMask =
-      kVariant == Variant::kFloatMask || kVariant == Variant::kFloatMaskDropout;
+  static constexpr bool kAddsMask = kVariant == Variant::kFloatMask ||
+                                    kVariant == Variant::kCappedFloatMask ||
+                                    kVariant == Variant::kFloatMaskDropout;
   static constexpr bool kHidesByMask =
       kVariant == Variant::kBoolMask || kVariant == Variant::kBoolMaskDropout;
   static constexpr bool kDropsOut = kVariant == Variant::kDropout ||
@@ -101,23 +107,28 @@ struct Config : TileShape<kHeadDim_, kVariant> {
                                     kVariant == Variant::kBoolMaskDropout;
   static constexpr bool kIsSparse =
       kVariant == Variant::kSparse || kVariant == Variant::kBiasedSparse;
-  static constexpr bool kIsGeneral = kVariant == Variant::kGeneral ||
+  static constexpr bool kIsGeneral = kVariant == Variant::kGeneral || kVariant == Variant::kAlibi ||
                                      kVariant == Variant::kSoftcap || kAddsMask || kHidesByMask ||
                                      kDropsOut || kIsSparse;
-  static constexpr InExponents kInExponents = kVariant == Variant::kGeneral ? InExponents::kAlibi
+  static constexpr InExponents kInExponents = kVariant == Variant::kAlibi ? InExponents::kAlibi
                                               : kVariant == Variant::kSoftcap
                                                   ? InExponents::kSoftcap
                                                   : InExponents::kNone;
-  static constexpr bool kMayCap = kVariant != Variant::kGeneral && kVariant != Variant::kSparse;
-  static constexpr bool kMayHaveAlibi = kVariant != Variant::kSparse;
+  static constexpr bool kCapsInExponents = kVariant == Variant::kSoftcap;
+  static constexpr bool kMayCap = kVariant != Variant::kGeneral && kVariant != Variant::kAlibi &&
+                                  kVariant != Variant::kFloatMask && kVariant != Variant::kSparse;
+  static constexpr bool kMayHaveAlibi =
+      kVariant != Variant::kGeneral && kVariant != Variant::kAlibi && kVariant != Variant::kSparse;
   using Softmax = std::conditional_t<kIsGeneral, GeneralSoftmax<kInExponents>, forward::Softmax>;
   using Params = std::conditional_t<kIsGeneral, GeneralKernelParams, KernelParams>;
   using Tile = std::conditional_t<kIsGeneral, PlacedTile, forward::Tile>;
+  static constexpr bool kTensorAlibi = kVariant == Variant::kAlibi;
+  using Alibi = std::conditional_t<kTensorAlibi, TensorAlibi<Base::kBlockN>, NoAlibi>;
   using Dropout = std::conditional_t<kDropsOut, WeightDropout<Base::kBlockN>, NoDropout>;
   using AttnMask = std::conditional_t<
-      kAddsMask || kHidesByMask,
-      WarpMask<std::conditional_t<kAddsMask, Element, bool>, Base::kBlockN, 4 * Base::kConsumers>,
-      NoMask>;
+      kAddsMask,
+      FloatMask<Element, Base::kBlockN, 4 * Base::kConsumers, kVariant == Variant::kFloatMask>,
+      std::conditional_t<kHidesByMask, BoolMask<Base::kBlockN, 4 * Base::kConsumers>, NoMask>>;
   using WarpgroupTile = std::conditional_t<kIsGeneral, GeneralTile, forward::WarpgroupTile>;
   // O leaves through the tile's own Q buffer; where there is one only, straight from registers, so
   // that the next Q arrives meanwhile (H200, 512 keys: 5 to 10%).
@@ -137,7 +148,7 @@ struct Config : TileShape<kHeadDim_, kVariant> {
   using QTile = sm90::SmemTile<Element, kRowsPerWarpgroup, kHeadDim>;
   using KVTile = sm90::SmemTile<Element, Base::kBlockN, kHeadDim>;
 
-  struct SharedStorage : AttnMask::Storage {
+  struct SharedStorage : AttnMask::Storage, Alibi::Storage {
     QTile q[Base::kQBuffers][Base::kConsumers];  // or a warpgroup's O on the way out
     KVTile k[Base::kKStages];
     KVTile v[Base::kVStages];

@@ -35,6 +35,7 @@ class Consumer {
         q_desc_(sm90::Descriptor::k_major(smem.q[0][warpgroup_idx])),
         k_desc_(sm90::Descriptor::k_major(smem.k[0])),
         v_desc_(sm90::Descriptor::mn_major(smem.v[0])),
+        alibi_(smem),
         dropout_(params),
         attn_mask_(smem, params) {}
 
@@ -80,17 +81,32 @@ class Consumer {
     work.is_half = Config::kHalvesFirst && ptx::warp_uniform(tile.is_half);
     work.accumulates = false;
     if constexpr (Config::kIsGeneral) work.full_begin = ptx::warp_uniform(tile.full_begin);
-    if (p_.scale.negate) negate_q(work);
+    if constexpr (Config::AttnMask::kIsUnderScores) {
+      if (p_.attn_mask.q_factor != 1.f) adapt_q(work);
+    } else {
+      if (p_.scale.negate) adapt_q(work);
+    }
+    alibi_.begin_tile(tile, lane_idx_);
     dropout_.begin_tile(tile, warp_idx_, lane_idx_);
     if (work.begin < work.end) attn_mask_.begin_tile(tile, work.end - 1);
     return true;
   }
 
-  // A negative scale changes the sign of Q, once a tile, and the kernel goes on with |scale|.
-  __device__ __forceinline__ void negate_q(const Work& work) {
-    auto* words = reinterpret_cast<uint32_t*>(smem_.q[work.q_stage][warpgroup_idx_].data);
+  // A negative scale changes the sign of Q, once a tile, and the kernel goes on with |scale|. Where
+  // scores are accumulated on a mask, Q takes a part of the scale, see ScaleParts.
+  __device__ __forceinline__ void adapt_q(const Work& work) {
+    using Pair = std::conditional_t<std::is_same_v<Element, __half>, __half2, __nv_bfloat162>;
+    char* const q = smem_.q[work.q_stage][warpgroup_idx_].data;
 #pragma unroll 4
-    for (int i = threadIdx.x % 128; i < QTile::kBytes / 4; i += 128) words[i] ^= 0x80008000u;
+    for (int i = threadIdx.x % 128; i < QTile::kBytes / 4; i += 128) {
+      if constexpr (Config::AttnMask::kIsUnderScores) {
+        const Element factor = from_float<Element>(p_.attn_mask.q_factor);
+        Pair& pair = reinterpret_cast<Pair*>(q)[i];
+        pair = __hmul2(pair, Pair(factor, factor));
+      } else {
+        reinterpret_cast<uint32_t*>(q)[i] ^= 0x80008000u;
+      }
+    }
     ptx::fence_proxy_async();
     ptx::named_barrier_sync(1 + Config::kConsumers + warpgroup_idx_, 128);
   }
@@ -151,15 +167,17 @@ class Consumer {
   template <int kKeys>
   __device__ __forceinline__ void first_scores(const Work& work) {
     float acc_s[kKeys / 8][4];
+    begin_scores(acc_s, work, work.end - 1);
     sm90::wait_full(smem_.k_barriers, k_at_);
     if (!kTurnEveryBlock) await_turn();
     ptx::wgmma_fence();
     issue_scores(acc_s, work);
+    alibi_.issue(acc_s);
+    attn_mask_.fetch_behind(tile_of(work), work.end - 1 > work.begin, work.end - 2);
     ptx::wgmma_wait_group<0>();
     if (!kTurnEveryBlock) pass_turn();
     release_k();
-    finish_scores(acc_s, work, work.end - 1, /*is_edge=*/work.end > work.full_end);
-    softmax_.update_max(acc_s, p_.scale.log2, dropout_.factor_log2());
+    update_max(acc_s, work, work.end - 1, /*is_edge=*/work.end > work.full_end);
     softmax_.template weights<0, kKeys / 8>(acc_s, p_.scale.log2);
     dropout_.drop(acc_s, work.end - 1);
     sm90::pack_operand<Element>(frag_p_, acc_s);
@@ -179,18 +197,20 @@ class Consumer {
   // weights.
   __device__ __forceinline__ void next_block(Work& work, int n_block, bool is_edge) {
     float acc_s[kTilesN][4];
+    begin_scores(acc_s, work, n_block);
     sm90::wait_full(smem_.k_barriers, k_at_);
     if (kTurnEveryBlock) await_turn();
     ptx::wgmma_fence();
     issue_scores(acc_s, work);
+    alibi_.issue(acc_s);
     sm90::wait_full(smem_.v_barriers, v_at_);
     ptx::wgmma_fence();
     issue_product(work);
     if (kTurnEveryBlock) pass_turn();
+    attn_mask_.fetch_behind(tile_of(work), n_block > work.begin, n_block - 1);
     ptx::wgmma_wait_group<1>();
     release_k();
-    finish_scores(acc_s, work, n_block, is_edge);
-    softmax_.update_max(acc_s, p_.scale.log2, dropout_.factor_log2());
+    update_max(acc_s, work, n_block, is_edge);
     softmax_.template weights<0, kEarlyTiles>(acc_s, p_.scale.log2);
     if (kEarlyTiles < kTilesN) {
       pin_before_wait(softmax_.row_sum[0] + softmax_.row_sum[1], &smem_.never_written);
@@ -225,35 +245,90 @@ class Consumer {
     }
   }
 
+  // What can be done before K is there and it is this warpgroup's turn.
+  template <int kN>
+  __device__ __forceinline__ void begin_scores(float (&acc_s)[kN][4], const Work& work,
+                                               int n_block) {
+    attn_mask_.begin_scores(acc_s);
+    if constexpr (Config::kTensorAlibi) alibi_.begin_block(warp_distance(work, n_block), warp_idx_);
+  }
+
   template <int kN>
   __device__ __forceinline__ void issue_scores(float (&acc_s)[kN][4], const Work& work) {
     sm90::gemm_abt<QTile, KVTile, 8 * kN>(acc_s,
                                           q_desc_.tile<QTile>(work.q_stage * Config::kConsumers),
-                                          k_desc_.tile<KVTile>(k_at_.stage));
+                                          k_desc_.tile<KVTile>(k_at_.stage),
+                                          /*accumulates=*/Config::AttnMask::kIsUnderScores);
+  }
+  // Of the warp's first row to the block's first key.
+  __device__ __forceinline__ int warp_distance(const Work& work, int n_block) const {
+    const WarpgroupTile& tile = tile_of(work);
+    return tile.row0 + 16 * warp_idx_ + tile.diagonal - n_block * kBlockN;
   }
   __device__ __forceinline__ void issue_product(Work& work) {
     sm90::gemm_ab<KVTile>(acc_o_, frag_p_, v_desc_.tile<KVTile>(v_at_.stage), work.accumulates);
     work.accumulates = true;
   }
 
-  // What follows on Q K^T before the softmax. `is_edge`: whether the mask hides any of the block;
-  // general calls find out themselves.
+  // All that happens to the scores of a block until they may become weights. `is_edge`: whether the
+  // mask hides any of the block; general calls find out themselves.
+  template <int kN>
+  __device__ __forceinline__ void update_max(float (&acc_s)[kN][4], const Work& work, int n_block,
+                                             bool is_edge) {
+    if constexpr (Config::kCapsInExponents) {
+      softmax_.update_capped_max(
+          acc_s, p_.softcap, [&] { add_alibi(acc_s, work, n_block); },
+          n_block >= work.full_end || n_block < work.full_begin,
+          [&] { hide_keys(acc_s, work, n_block); });
+    } else {
+      finish_scores(acc_s, work, n_block, is_edge);
+      softmax_.update_max(acc_s, p_.scale.log2, dropout_.factor_log2());
+    }
+  }
+
+  // What follows on Q K^T before the softmax.
   template <int kN>
   __device__ __forceinline__ void finish_scores(float (&acc_s)[kN][4], const Work& work,
                                                 int n_block, bool is_edge, int first_key = 0) {
-    const int col0 = n_block * kBlockN + first_key + lane_idx_ % 4 * 2;
-    const auto row0 = [&] { return tile_of(work).row0 + 16 * warp_idx_ + lane_idx_ / 4; };
     if constexpr (Config::kIsGeneral) {
-      if (Config::kMayCap && p_.softcap.is_on) softmax_.cap_scores(acc_s, p_.softcap);
+      if (Config::kMayCap && p_.softcap.is_on) cap_scores(acc_s, p_.softcap);
       attn_mask_.apply(acc_s, tile_of(work), n_block > work.begin, n_block - 1);
-      if (Config::kMayHaveAlibi && p_.alibi_slopes.data != nullptr) {
-        softmax_.add_alibi(acc_s, tile_of(work).slope, row0() + tile_of(work).diagonal - col0);
-      }
-      if (n_block >= work.full_end) hide_keys_behind(acc_s, band_of(work), row0(), col0);
-      if (n_block < work.full_begin) hide_keys_before(acc_s, band_of(work), row0(), col0);
+      add_alibi(acc_s, work, n_block, first_key);
+      hide_keys(acc_s, work, n_block, first_key);
     } else if (is_edge) {
-      mask_scores(acc_s, p_.mask, row0(), col0);
+      mask_scores(acc_s, p_.mask, first_row(work), first_col(n_block, first_key));
     }
+  }
+
+  template <int kN>
+  __device__ __forceinline__ void add_alibi(float (&acc_s)[kN][4], const Work& work, int n_block,
+                                            int first_key = 0) {
+    if constexpr (Config::kTensorAlibi) {
+      alibi_.finish(acc_s, softmax_.excess, warp_distance(work, n_block), lane_idx_);
+    } else if (Config::kMayHaveAlibi && p_.alibi_slopes.data != nullptr) {
+      const int distance = first_row(work) + tile_of(work).diagonal - first_col(n_block, first_key);
+      add_distances(acc_s, tile_of(work).slope, distance);
+    }
+  }
+
+  template <int kN>
+  __device__ __forceinline__ void hide_keys(float (&acc_s)[kN][4], const Work& work, int n_block,
+                                            int first_key = 0) const {
+    const int col0 = first_col(n_block, first_key);
+    if (n_block >= work.full_end) {
+      hide_keys_behind(acc_s, band_of(work), first_row(work), col0);
+    }
+    if (n_block < work.full_begin) {
+      hide_keys_before(acc_s, band_of(work), first_row(work), col0);
+    }
+  }
+
+  // Of this thread.
+  __device__ __forceinline__ int first_row(const Work& work) const {
+    return tile_of(work).row0 + 16 * warp_idx_ + lane_idx_ / 4;
+  }
+  __device__ __forceinline__ int first_col(int n_block, int first_key) const {
+    return n_block * kBlockN + first_key + lane_idx_ % 4 * 2;
   }
 
   // As key_begin() and key_end() need it.
@@ -312,6 +387,7 @@ class Consumer {
   sm90::RingPosition<Config::kVStages> v_at_;
 
   Softmax softmax_;
+  typename Config::Alibi alibi_;
   typename Config::Dropout dropout_;
   typename Config::AttnMask attn_mask_;
   float acc_o_[Config::kHeadDim / 8][4];

@@ -78,11 +78,35 @@ inline bool adds_mask(const GeneralParams& general) {
   return general.mask.data != nullptr && general.mask_type != MaskType::kBool;
 }
 
+// Where S is accumulated on the mask, scale = of_q * of_scores, and the mask is divided by the
+// latter, which is positive: neither may overflow, and of_q times Q is exact.
+template <typename Element>
+struct ScaleParts {
+  double of_q = 1.0;
+  double of_scores;
+
+  explicit ScaleParts(const ForwardParams& params) : of_scores(std::fabs(params.softmax_scale)) {
+    constexpr double kLeast = 0x1p-64;
+    if (!(of_scores >= kLeast)) {  // such scores are nothing beside a mask
+      of_q = 0.0;
+      of_scores = 1.0;
+    } else if (std::is_same_v<Element, __nv_bfloat16> && of_scores < 1.0) {
+      of_q = std::exp2(std::floor(std::log2(of_scores)));
+      of_scores /= of_q;
+    }
+    if (params.softmax_scale < 0) of_q = -of_q;
+  }
+};
+
 // Scores as the exponent takes them: q . k times |scale|; what the softcap leaves, in units of
 // log2; or what a float mask leaves, in natural units: masks may be as large as numbers get.
-inline SoftmaxScale score_scale(const ForwardParams& params) {
+template <typename Config>
+SoftmaxScale score_scale(const ForwardParams& params) {
   SoftmaxScale scale(params.softmax_scale);
-  if (adds_mask(params.general)) {
+  if constexpr (Config::AttnMask::kIsUnderScores) {
+    scale.log2 =
+        static_cast<float>(ScaleParts<typename Config::Element>(params).of_scores * kLog2e);
+  } else if (adds_mask(params.general)) {
     scale.log2 = static_cast<float>(kLog2e);
   } else if (params.general.softcap > 0.0) {
     scale.log2 = 1.f;
@@ -100,8 +124,11 @@ KernelMask make_kernel_mask(const ForwardParams& params) {
   const AttentionShape& s = params.shape;
   KernelMask kernel_mask{};
   kernel_mask.has_rows = mask.row_stride != 0;
-  kernel_mask.scale =
+  kernel_mask.score_factor =
       params.general.softcap > 0.0 ? 1.f : static_cast<float>(std::fabs(params.softmax_scale));
+  const ScaleParts<typename Config::Element> parts(params);
+  kernel_mask.mask_factor = static_cast<float>(1.0 / parts.of_scores);
+  kernel_mask.q_factor = static_cast<float>(parts.of_q);
   if constexpr (Config::kAddsMask || Config::kHidesByMask) {
     const TensorView view{mask.data, mask.batch_stride, mask.head_stride, mask.row_stride};
     using MaskElement = std::conditional_t<Config::kAddsMask, typename Config::Element, bool>;
@@ -117,7 +144,7 @@ GeneralKernelParams make_general_kernel_params(const ForwardParams& params,
                                                const Schedule& schedule) {
   const AttentionShape& s = params.shape;
   const GeneralParams& general = params.general;
-  const SoftmaxScale scale = score_scale(params);
+  const SoftmaxScale scale = score_scale<Config>(params);
   const Mask lengths = Mask::make(CausalMode::kNone, s.seqlen_q, s.seqlen_k);
   return {make_kernel_params<Config>(params, lengths, scale, schedule),
           BandMask::make(general.causal, general.window_left, general.window_right,
@@ -173,6 +200,9 @@ auto with_general_config(const ForwardParams& params, Function&& f) {
   const bool drops_out = params.general.dropout.rng_state != nullptr;
   if (adds_mask(params.general)) {
     if (drops_out) return f(Config<Element, kHeadDim, Variant::kFloatMaskDropout>());
+    if (params.general.softcap > 0.0) {
+      return f(Config<Element, kHeadDim, Variant::kCappedFloatMask>());
+    }
     return f(Config<Element, kHeadDim, Variant::kFloatMask>());
   }
   if (params.general.mask.data != nullptr) {
@@ -188,6 +218,9 @@ auto with_general_config(const ForwardParams& params, Function&& f) {
     return f(Config<Element, kHeadDim, Variant::kSparse>());
   }
   if (caps) return f(Config<Element, kHeadDim, Variant::kSoftcap>());
+  if (params.general.alibi_slopes.data != nullptr) {
+    return f(Config<Element, kHeadDim, Variant::kAlibi>());
+  }
   return f(Config<Element, kHeadDim, Variant::kGeneral>());
 }
 

@@ -1,6 +1,6 @@
 // What general calls do to the scores of a warpgroup's 64 rows: softcap, ALiBi, both edges of a
 // window, sinks. A thread holds the columns 8 n and 8 n + 1 from its first one, of two rows eight
-// apart. Every feature is a branch that all warps take alike.
+// apart. Every branch is one that all threads of a warp take alike.
 #pragma once
 
 #include "common/mask.h"
@@ -67,6 +67,19 @@ __device__ __forceinline__ void cap_by_polynomial(float (&acc_s)[kN][4], const S
   }
 }
 
+// softcap * tanh(s * scale / softcap), in units of log2 and to 2^-21 of the cap (2^-24 in the
+// mean). Where no score of the warp's comes near the cap, as is usual, a polynomial does, which
+// needs no special function: exp2 alone takes them as long as the tensor cores take both products
+// at d=64. (tanh.approx is right to 2^-11 only: at a cap of 30 that is 1.5% of weight.)
+template <int kN>
+__device__ __forceinline__ void cap_scores(float (&acc_s)[kN][4], const Softcap& softcap) {
+  if (is_near_cap(acc_s, softcap)) {
+    cap_by_exponential(acc_s, softcap);
+  } else {
+    cap_by_polynomial(acc_s, softcap);
+  }
+}
+
 // Subtracts slope * |i + diagonal - j|. `distance`: of the thread's first row and column. In fp32,
 // where one beyond 2^24 is rounded as its product with the slope is anyway.
 template <int kN>
@@ -78,18 +91,6 @@ __device__ __forceinline__ void add_distances(float (&acc_s)[kN][4], float slope
     for (int i = 0; i < 4; ++i) {
       const float offset = static_cast<float>(8 * (i / 2) - 8 * n - i % 2);
       acc_s[n][i] = fmaf(-slope, fabsf(first + offset), acc_s[n][i]);
-    }
-  }
-}
-
-// Adds slope * (column - the thread's first one).
-template <int kN>
-__device__ __forceinline__ void add_columns(float (&acc_s)[kN][4], float slope) {
-#pragma unroll
-  for (int n = 0; n < kN; ++n) {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      acc_s[n][i] = fmaf(slope, static_cast<float>(8 * n + i % 2), acc_s[n][i]);
     }
   }
 }

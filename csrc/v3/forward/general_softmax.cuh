@@ -8,51 +8,14 @@
 
 namespace flash_ext::v3::forward {
 
-// What is. One at most: as two branches of a kernel they made even calls without either 8% slower
-// (H200), and kernels with masks or dropout have no registers for it.
+// What is. One at most: with both as branches of a kernel even calls without either took 9 to 12%
+// longer (H200), and kernels with masks or dropout have no registers for it.
 enum class InExponents { kNone, kAlibi, kSoftcap };
 
 template <InExponents kInExponents>
 struct GeneralSoftmax : Softmax {
   static constexpr bool kCaps = kInExponents == InExponents::kSoftcap;
-
-  // softcap * tanh(s * scale / softcap), in units of log2 and to 2^-21 of the cap (2^-24 in the
-  // mean). Where no score of the warp's comes near the cap, as is usual, a polynomial does, which
-  // needs no special function: exp2 alone takes them as long as the tensor cores take both products
-  // at d=64. (tanh.approx is right to 2^-11 only: at a cap of 30 that is 1.5% of weight.)
-  template <int kN>
-  __device__ __forceinline__ void cap_scores(float (&acc_s)[kN][4], const Softcap& softcap) {
-    const bool is_near = is_near_cap(acc_s, softcap);
-    if (is_near) {
-      cap_by_exponential(acc_s, softcap);
-    } else if (!kCaps || !softcap.is_last) {
-      cap_by_polynomial(acc_s, softcap);
-    }
-    // Scores that have been capped are multiplied by 1, and -inf not by 0 * inf.
-    const bool is_done = is_near || !softcap.is_last;
-    polynomial_[0] = is_done ? 1.f : softcap.polynomial[0];
-    polynomial_[1] = is_done ? 0.f : softcap.polynomial[1];
-    polynomial_[2] = is_done ? 1e-37f : softcap.polynomial[2];
-  }
-
-  // Left or right of the diagonal the distance grows by columns, and what it is in the first one is
-  // for the exponents to subtract: one instruction a score instead of two. `distance`: see
-  // add_distances().
-  template <int kN>
-  __device__ __forceinline__ void add_alibi(float (&acc_s)[kN][4], float slope, int distance) {
-    if constexpr (kInExponents != InExponents::kAlibi) return add_distances(acc_s, slope, distance);
-    const bool is_left = distance >= 8 * kN;
-    const bool is_right = distance + 8 <= 0;
-    if (__all_sync(0xffffffffu, is_left) || __all_sync(0xffffffffu, is_right)) {
-      const float signed_slope = is_left ? slope : -slope;
-      add_columns(acc_s, signed_slope);
-      offset_[0] = signed_slope * static_cast<float>(distance);
-      offset_[1] = signed_slope * static_cast<float>(distance + 8);
-    } else {
-      add_distances(acc_s, slope, distance);
-      offset_[0] = offset_[1] = 0.f;
-    }
-  }
+  float excess[2] = {0.f, 0.f};  // what the block's scores of a row are too large by, see alibi.cuh
 
   template <int kN>
   __device__ __forceinline__ void update_max(float (&acc_s)[kN][4], float scale_log2,
@@ -64,16 +27,62 @@ struct GeneralSoftmax : Softmax {
     bool grows[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      block_max[half] = quad_max(own_max_of_row(acc_s, half) - offset_[half]);
-      if constexpr (kCaps) {
-        // By the factor of a score of 0, from which others differ by 2%: 0.2 at a cap of 30.
-        grows[half] = fmaf(block_max[half], polynomial_[0], -row_max[half]) > kMaxLagLog2;
-        block_max[half] *= cap_factor(block_max[half], polynomial_);
-      } else {
-        grows[half] = exceeds_lag(block_max[half], half, scale_log2);
-      }
+      block_max[half] = quad_max(own_max_of_row(acc_s, half) - excess[half]);
+      grows[half] = exceeds_lag(block_max[half], half, scale_log2);
     }
     raise_max(acc_s, block_max, grows, scale_log2, factor_log2);
+  }
+
+  // The same of scores that have yet to be capped. Usually none of the warp's comes near the cap,
+  // and its polynomial becomes a part of the exponents: as tanh is monotonous, the maximum is that
+  // of the scores as they are. Whether it is so is found out with the same vote as whether the
+  // maximum grows. `hide(acc_s)` sets to -inf what the band hides (`hides`: whether it does any);
+  // `add_bias` comes between the cap and the band.
+  template <int kN, typename AddBias, typename Hide>
+  __device__ __forceinline__ void update_capped_max(float (&acc_s)[kN][4], const Softcap& softcap,
+                                                    const AddBias& add_bias, bool hides,
+                                                    const Hide& hide) {
+#pragma unroll
+    for (int i = 0; i < 3; ++i) polynomial_[i] = softcap.polynomial[i];
+    uint32_t least = 0;
+    if (hides) {  // without the -inf to come
+      least = least_bits(acc_s);
+      hide();
+    }
+    float block_max[2];
+    bool grows[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) block_max[half] = positive_max(acc_s, half);
+    if (!hides) least = least_bits(acc_s);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      // By the factor of a score of 0, from which others differ by 2%: 0.2 at a cap of 30.
+      grows[half] = fmaf(block_max[half], polynomial_[0], -row_max[half]) > kMaxLagLog2;
+    }
+    const bool is_near = fmaxf(block_max[0], block_max[1]) > softcap.max_polynomial ||
+                         least > __float_as_uint(-softcap.max_polynomial);
+    rescales = false;
+    if (!__any_sync(0xffffffffu, grows[0] || grows[1] || is_near) && !shifts && softcap.is_last) {
+      return;
+    }
+    if (__any_sync(0xffffffffu, is_near) || !softcap.is_last) {
+      cap_scores(acc_s, softcap);
+      add_bias();
+      if (hides) hide();
+      // Scores that have been capped are multiplied by 1, and -inf not by 0 * inf.
+      polynomial_[0] = 1.f;
+      polynomial_[1] = 0.f;
+      polynomial_[2] = 1e-37f;
+      true_max(acc_s, block_max);
+    } else if (__any_sync(0xffffffffu, fminf(block_max[0], block_max[1]) == 0.f)) {
+      true_max(acc_s, block_max);
+    }
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      block_max[half] *= cap_factor(block_max[half], polynomial_);
+      grows[half] = exceeds_lag(block_max[half], half, 1.f);
+    }
+    raise_max(acc_s, block_max, grows, 1.f, 0.f);
   }
 
   template <int kBegin, int kEnd, int kN>
@@ -83,8 +92,8 @@ struct GeneralSoftmax : Softmax {
         return fmaf(s, cap_factor(s, polynomial_), -max_log2[half]);
       });
     } else if constexpr (kInExponents == InExponents::kAlibi) {
-      const float base[2] = {fmaf(offset_[0], scale_log2, max_log2[0]),
-                             fmaf(offset_[1], scale_log2, max_log2[1])};
+      const float base[2] = {fmaf(excess[0], scale_log2, max_log2[0]),
+                             fmaf(excess[1], scale_log2, max_log2[1])};
       Softmax::weights<kBegin, kEnd>(
           acc_s, [&](float s, int half) { return __fmaf_rn(s, scale_log2, -base[half]); });
     } else {
@@ -93,8 +102,42 @@ struct GeneralSoftmax : Softmax {
   }
 
  private:
-  float offset_[2] = {0.f, 0.f};  // what the block's scores of a row are too large by
-  float polynomial_[3];           // exponents are cap_factor() times the block's scores
+  template <int kN>
+  __device__ __forceinline__ static void true_max(const float (&acc_s)[kN][4],
+                                                  float (&block_max)[2]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) block_max[half] = quad_max(own_max_of_row(acc_s, half));
+  }
+
+  // The maximum of a row, 0 if no score is positive: of positive numbers the larger ones have the
+  // larger bits.
+  template <int kN>
+  __device__ __forceinline__ static float positive_max(const float (&acc_s)[kN][4], int half) {
+    int32_t even = 0, odd = 0;
+#pragma unroll
+    for (int n = 0; n < kN; n += 2) {
+      even = ptx::max_of_bits(even, acc_s[n][2 * half], acc_s[n][2 * half + 1]);
+      odd = ptx::max_of_bits(odd, acc_s[n + 1][2 * half], acc_s[n + 1][2 * half + 1]);
+    }
+    int32_t largest = max(even, odd);
+    largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
+    return __int_as_float(max(largest, __shfl_xor_sync(0xffffffffu, largest, 2)));
+  }
+
+  // Of this thread's scores, the bits of the least one if that is negative: of negative numbers
+  // those further from 0 have the larger bits.
+  template <int kN>
+  __device__ __forceinline__ static uint32_t least_bits(const float (&acc_s)[kN][4]) {
+    uint32_t even = 0, odd = 0;
+#pragma unroll
+    for (int n = 0; n < kN; ++n) {
+      even = ptx::max_of_bits(even, acc_s[n][0], acc_s[n][2]);
+      odd = ptx::max_of_bits(odd, acc_s[n][1], acc_s[n][3]);
+    }
+    return max(even, odd);
+  }
+
+  float polynomial_[3];  // exponents are cap_factor() times the block's scores
 };
 
 }  // namespace flash_ext::v3::forward

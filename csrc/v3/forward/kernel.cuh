@@ -5,15 +5,15 @@
 //   consumers, 64 rows each   S = Q K^T, softmax, O += P V
 //
 // A warpgroup's step for block j, the last visible block first; j + 1 is the block before:
-//   1. wait for K_j, then for the turn
+//   1. wait for K_j, then for the turn (general calls: before, unpack a float mask, to which S is
+//      added)
 //   2. issue S = Q K_j^T; wait for V_j+1; issue O += P V_j+1; pass the turn on
-//   3. wait for S, let go of K_j, mask it if the block lies on an edge (general calls: softcap and
-//      ALiBi before that)
+//   3. wait for S, let go of K_j, mask it if the block lies on an edge (general calls: softcap,
+//      attn_mask and ALiBi before that)
 //   4. row maximum and the first weights      } the tensor cores compute O meanwhile
 //   5. wait for O, let go of V_j+1
 //   6. the other weights, P; O rescaled if a maximum grew by more than 2^8 of weight
-// Dropout's random numbers are drawn between 2 and 3, and weights dropped in 6, see dropout.cuh. At
-// d=64 no registers are left for the numbers, and they are drawn beside the weights.
+// Dropout's random numbers are drawn beside the weights in 6, see dropout.cuh.
 //
 //   tensor cores  | S0 | PV0   | S1 | PV1   | S0 | PV0   | S1 | PV1   |      0, 1: warpgroups
 //   softmax 0          |####################|    |####################|
@@ -72,6 +72,7 @@ __global__ void __launch_bounds__(Config::kNumThreads, 1)
     smem.init_mask();
     ptx::mbarrier_init_fence();
   }
+  smem.number_columns();
   __syncthreads();
   if constexpr (Config::kIsGeneral) ptx::griddepcontrol_wait();  // for what EntryTables hold
 

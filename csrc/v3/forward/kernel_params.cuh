@@ -95,7 +95,11 @@ struct KernelDropout {
 struct KernelMask {
   CUtensorMap map;  // (key, row, head, batch), boxes of a warp's rows
   bool has_rows;    // otherwise one row is that of all
-  float scale;      // of the scores that a float mask is added to
+  // What S is multiplied by before a float mask is added; or, where it is accumulated on the mask,
+  // what the mask and Q are multiplied by before that.
+  float score_factor;
+  float mask_factor;
+  float q_factor;
 };
 
 // Of general calls. `scale` is that of the scores which the softcap leaves, if there is one.
