@@ -36,6 +36,15 @@ struct TileOrder {
     const int rank = in_section / heads;
     return {rank, first_head + in_section - rank * heads};
   }
+
+  // The same where a head's tiles of the ranks from `long_ranks` on are shorter: those of all heads
+  // come last, rank by rank. Under a window the grid's last round then consists of them.
+  __device__ __forceinline__ Place place_long_first(int index, int long_ranks) const {
+    const int num_long = long_ranks * num_heads;
+    if (index < num_long) return TileOrder{long_ranks, num_heads, heads_per_section}.place(index);
+    const int rank = (index - num_long) / num_heads;
+    return {long_ranks + rank, index - num_long - rank * num_heads};
+  }
 };
 
 // What a section may take of L2 (50 MB), beside what else passes through.

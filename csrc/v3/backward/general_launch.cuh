@@ -29,6 +29,21 @@ CUtensorMap make_mask_map(const ScoreTensor& mask, const AttentionShape& s) {
                                                   : make(sm90::make_tensor_map<Element>);
 }
 
+// How many of a head's key tiles, in order, are seen by as many rows as those in its middle. Under
+// a causal window the last keys are seen by fewer.
+inline int long_ranks(const BackwardParams& params, const BandMask& band,
+                      const Schedule& schedule) {
+  int ranks = schedule.order.tiles_per_head;
+  if (params.general.window_left < 0 || has_own_lengths(params.general.sequences)) return ranks;
+  const auto rows = [&](int n_block) {
+    const int key0 = n_block * kBackwardBlockN;
+    return band.row_end(std::min(key0 + kBackwardBlockN, band.seqlen_k) - 1) - band.row_begin(key0);
+  };
+  const int most = rows(ranks / 2);
+  while (ranks > 1 && rows(ranks - 1) < most) --ranks;
+  return ranks;
+}
+
 template <typename Config>
 GeneralKernelParams make_general_params(const BackwardParams& params) {
   const GeneralParams& general = params.general;
@@ -52,6 +67,7 @@ GeneralKernelParams make_general_params(const BackwardParams& params) {
   }
   p.band = BandMask::make(general.causal, general.window_left, general.window_right,
                           static_cast<int>(s.seqlen_q), static_cast<int>(s.seqlen_k));
+  p.long_ranks = long_ranks(params, p.band, p.schedule);
   p.block_mask = general.block_mask;
   p.alibi_slopes = general.alibi_slopes;
   p.sinks = general.sinks;

@@ -46,6 +46,7 @@ struct GeneralKernelParams : KernelParams {
   EntryTables entries;
   bool is_top_left;    // the band's diagonal begins in that corner, whatever the lengths
   int num_key_heads;   // of all batch entries
+  int long_ranks;      // see TileOrder
   int64_t lse_stride;  // of lse from head to head
 };
 

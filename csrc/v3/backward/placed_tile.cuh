@@ -15,11 +15,14 @@ template <typename Config>
 __device__ __forceinline__ GeneralTileWork take_tile(const GeneralKernelParams& p, int round) {
   GeneralTileWork work{};
   if (p.entries.maps == nullptr) {
-    const Tile tile = p.schedule.tile(round);
-    work.n_block = tile.n_block;
-    work.kv_head_idx = tile.kv_head_idx;
-    work.batch_idx = tile.batch_idx;
-    work.is_valid = tile.is_valid;
+    const unsigned index = tile_index(round, static_cast<int>(blockIdx.x), p.schedule.num_walkers);
+    if (index >= static_cast<unsigned>(p.schedule.num_tiles)) return work;
+    const auto [rank, head] =
+        p.schedule.order.place_long_first(static_cast<int>(index), p.long_ranks);
+    work.n_block = rank;
+    work.batch_idx = head / p.schedule.heads_kv;
+    work.kv_head_idx = head - work.batch_idx * p.schedule.heads_kv;
+    work.is_valid = 1;
     work.seqlen_q = p.band.seqlen_q;
     work.seqlen_k = p.band.seqlen_k;
     work.diagonal = p.band.diagonal;

@@ -139,16 +139,33 @@ KernelMask make_kernel_mask(const ForwardParams& params) {
   return kernel_mask;
 }
 
+// How many of a head's tiles, by rank, have as many blocks as those in its middle. Under a causal
+// window the first rows have fewer keys than those behind them.
+template <typename Config>
+int long_ranks(const GeneralParams& general, const BandMask& band, const Schedule& schedule) {
+  int ranks = schedule.order.tiles_per_head;
+  if (general.window_left < 0 || has_own_lengths(general.sequences)) return ranks;
+  const auto length = [&](int rank) {
+    const BlockRange blocks = band_blocks(band, first_row(band.seqlen_q, rank, Config::kBlockM),
+                                          Config::kBlockM, Config::kBlockN);
+    return blocks.end - blocks.begin;
+  };
+  const int longest = length(ranks / 2);
+  while (ranks > 1 && length(ranks - 1) < longest) --ranks;
+  return ranks;
+}
+
 template <typename Config>
 GeneralKernelParams make_general_kernel_params(const ForwardParams& params,
                                                const Schedule& schedule) {
   const AttentionShape& s = params.shape;
   const GeneralParams& general = params.general;
   const SoftmaxScale scale = score_scale<Config>(params);
+  const BandMask band = BandMask::make(general.causal, general.window_left, general.window_right,
+                                       static_cast<int>(s.seqlen_q), static_cast<int>(s.seqlen_k));
   const Mask lengths = Mask::make(CausalMode::kNone, s.seqlen_q, s.seqlen_k);
   return {make_kernel_params<Config>(params, lengths, scale, schedule),
-          BandMask::make(general.causal, general.window_left, general.window_right,
-                         static_cast<int>(s.seqlen_q), static_cast<int>(s.seqlen_k)),
+          band,
           general.alibi_slopes,
           general.sinks,
           static_cast<float>(kLog2e / scale.log2),
@@ -159,6 +176,7 @@ GeneralKernelParams make_general_kernel_params(const ForwardParams& params,
           general.sequences,
           EntryTables{},
           general.block_mask,
+          long_ranks<Config>(general, band, schedule),
           general.causal == CausalMode::kTopLeft};
 }
 

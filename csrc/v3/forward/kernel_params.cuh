@@ -114,6 +114,7 @@ struct GeneralKernelParams : KernelParams {
   Sequences sequences;
   EntryTables entries;
   BlockMask block_mask;
+  int long_ranks;            // see TileOrder
   bool is_top_left = false;  // the band's diagonal begins in that corner, whatever the lengths
 };
 

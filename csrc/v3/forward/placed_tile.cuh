@@ -30,13 +30,18 @@ __device__ __forceinline__ typename Config::Tile take_tile(const typename Config
               tile.seqlen_k,
               1};
     }
-    const Tile tile = p.schedule.template tile<false>(round);
-    return {p.schedule.first_row(tile, p.band.seqlen_q, Config::kBlockM),
-            tile.head_idx,
-            tile.batch_idx,
+    const unsigned index =
+        tile_index(round, static_cast<int>(blockIdx.x), p.schedule.num_thread_blocks);
+    if (index >= static_cast<unsigned>(p.schedule.num_tiles)) return {0, 0, 0, 0, 0, 0};
+    const auto [rank, head] =
+        p.schedule.order.place_long_first(static_cast<int>(index), p.long_ranks);
+    const int batch_idx = head / p.schedule.heads_q;
+    return {first_row(p.band.seqlen_q, rank, Config::kBlockM),
+            head - batch_idx * p.schedule.heads_q,
+            batch_idx,
             p.band.seqlen_q,
             p.band.seqlen_k,
-            tile.is_valid};
+            1};
   } else {
     return p.schedule.template tile<Config::kSplitsKeys>(round);
   }
