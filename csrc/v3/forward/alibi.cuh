@@ -21,7 +21,7 @@ struct NoAlibi {
     __device__ __forceinline__ void number_columns() {}
   };
   __device__ __forceinline__ explicit NoAlibi(const Storage&) {}
-  __device__ __forceinline__ void begin_tile(const WarpgroupTile&, int) {}
+  __device__ __forceinline__ void begin_tile(const WarpgroupTile&, int, int) {}
   template <int kN>
   __device__ __forceinline__ void issue(float (&)[kN][4]) const {}
 };
@@ -47,7 +47,9 @@ class TensorAlibi {
       : columns_(sm90::Descriptor::same_along_k(smem.columns)) {}
 
   // Every row of A is the parts of the slope, in k = 0, 1, 2.
-  __device__ __forceinline__ void begin_tile(const GeneralTile& tile, int lane_idx) {
+  __device__ __forceinline__ void begin_tile(const GeneralTile& tile, int warp_idx, int lane_idx) {
+    warp_row_ = 16 * warp_idx;
+    diagonal_ = tile.row0 + warp_row_ + tile.diagonal;
     slope_ = tile.slope;
     const float high = __bfloat162float(__float2bfloat16_rn(slope_));
     const float middle = __bfloat162float(__float2bfloat16_rn(slope_ - high));
@@ -57,11 +59,11 @@ class TensorAlibi {
                       : 0;
   }
 
-  // Before the scores of a block are issued. `distance`: of the warp's first row and the block's
-  // first column; `warp_idx`: in its warpgroup.
-  __device__ __forceinline__ void begin_block(int distance, int warp_idx) {
+  // Before the scores of a block are issued.
+  __device__ __forceinline__ void begin_block(int n_block) {
+    const int distance = distance_of(n_block);
     // Behind which of B's columns is for all warps: no two lie on different sides of a block.
-    first_column_ = distance - 16 * warp_idx <= 0 ? kBlockN : 0;
+    first_column_ = distance - warp_row_ <= 0 ? kBlockN : 0;
     slopes_[0] = is_left(distance) ? parts_ : is_right(distance) ? parts_ ^ 0x80008000u : 0;
     slopes_[1] = slopes_[0];
   }
@@ -78,8 +80,9 @@ class TensorAlibi {
   // All of it on the diagonal, and elsewhere the rest: what the scores of the thread's two rows are
   // too large by.
   template <int kN>
-  __device__ __forceinline__ void finish(float (&acc_s)[kN][4], float (&excess)[2], int distance,
+  __device__ __forceinline__ void finish(float (&acc_s)[kN][4], float (&excess)[2], int n_block,
                                          int lane_idx) const {
+    const int distance = distance_of(n_block);
     const int row = distance + lane_idx / 4;
     if (is_left(distance)) {
       excess[0] = slope_ * static_cast<float>(row - kBlockN);
@@ -96,11 +99,17 @@ class TensorAlibi {
  private:
   static constexpr int kColumnBytes = 16;
 
+  // Of the warp's first row and the block's first column.
+  __device__ __forceinline__ int distance_of(int n_block) const {
+    return diagonal_ - n_block * kBlockN;
+  }
   // The block, of the diagonal of all the warp's rows.
   __device__ __forceinline__ static bool is_left(int distance) { return distance >= kBlockN - 1; }
   __device__ __forceinline__ static bool is_right(int distance) { return distance <= -15; }
 
   const sm90::Descriptor columns_;
+  int warp_row_;  // the warp's first, in its warpgroup
+  int diagonal_;  // where that meets the diagonal
   float slope_;
   uint32_t parts_;
   int first_column_;

@@ -75,7 +75,18 @@ struct TileShape<64, Variant::kBiasedSparse> : TileShape<64, Variant::kSparse> {
 template <>
 struct TileShape<96, Variant::kPlain> : Shape<2, 128, 2, 2, 2, 2> {};
 template <>
-struct TileShape<128, Variant::kPlain> : Shape<2, 128, 2, 2, 2, 2, Turns::kFirstBlock> {};
+struct TileShape<128, Variant::kPlain> : Shape<2, 128, 2, 2, 2, 2> {};
+// Where the maximum comes first, turns at every block cost more than they bring.
+template <>
+struct TileShape<128, Variant::kDropout> : Shape<2, 128, 2, 2, 2, 2, Turns::kFirstBlock> {};
+template <>
+struct TileShape<128, Variant::kFloatMaskDropout> : TileShape<128, Variant::kDropout> {};
+template <>
+struct TileShape<128, Variant::kBoolMaskDropout> : TileShape<128, Variant::kDropout> {};
+template <>
+struct TileShape<128, Variant::kSparse> : TileShape<128, Variant::kDropout> {};
+template <>
+struct TileShape<128, Variant::kBiasedSparse> : TileShape<128, Variant::kDropout> {};
 template <>
 struct TileShape<128, Variant::kSoftcap> : Shape<2, 128, 2, 2, 2, 0, Turns::kFirstBlock> {};
 template <>
@@ -115,6 +126,10 @@ struct Config : TileShape<kHeadDim_, kVariant> {
                                                   ? InExponents::kSoftcap
                                                   : InExponents::kNone;
   static constexpr bool kCapsInExponents = kVariant == Variant::kSoftcap;
+  // See softmax.cuh. The others have no registers left for scores beside weights.
+  static constexpr bool kTriesWeights =
+      !kIsGeneral || kVariant == Variant::kGeneral || kVariant == Variant::kAlibi ||
+      kVariant == Variant::kFloatMask || kVariant == Variant::kBoolMask;
   static constexpr bool kMayCap = kVariant != Variant::kGeneral && kVariant != Variant::kAlibi &&
                                   kVariant != Variant::kFloatMask && kVariant != Variant::kSparse;
   static constexpr bool kMayHaveAlibi =

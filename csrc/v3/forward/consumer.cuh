@@ -1,37 +1,49 @@
 // A consumer warpgroup: 64 query rows, all keys they see, one tile after another.
 #pragma once
 
-#include "ptx/warpgroup.cuh"
 #include "sm90/copy_tile.cuh"
 #include "sm90/warpgroup_gemm.cuh"
-#include "v3/forward/config.cuh"
+#include "v3/forward/consumer_walk.cuh"
 #include "v3/forward/output_rows.cuh"
 #include "v3/forward/pin_before_wait.cuh"
 
 namespace flash_ext::v3::forward {
 
 template <typename Config>
-class Consumer {
+class Consumer : protected ConsumerWalk<Config> {
  protected:
-  using Element = typename Config::Element;
-  using QTile = typename Config::QTile;
+  using Walk = ConsumerWalk<Config>;
+  using typename Walk::Element;
+  using typename Walk::Params;
+  using typename Walk::QTile;
+  using typename Walk::SharedStorage;
+  using typename Walk::WarpgroupTile;
+  using typename Walk::Work;
   using KVTile = typename Config::KVTile;
-  using SharedStorage = typename Config::SharedStorage;
-  using Params = typename Config::Params;
-  using WarpgroupTile = typename Config::WarpgroupTile;
   using Softmax = typename Config::Softmax;
+  using Walk::await_turn;
+  using Walk::k_at_;
+  using Walk::kTurnEveryBlock;
+  using Walk::lane_idx_;
+  using Walk::p_;
+  using Walk::pass_turn;
+  using Walk::release_k;
+  using Walk::release_q;
+  using Walk::release_v;
+  using Walk::skip_blocks;
+  using Walk::skip_blocks_behind;
+  using Walk::smem_;
+  using Walk::tile_of;
+  using Walk::v_at_;
+  using Walk::warp_idx_;
+  using Walk::warpgroup_idx_;
   static constexpr int kBlockN = Config::kBlockN;
   static constexpr int kTilesN = kBlockN / 8;  // of eight columns
-  static constexpr bool kTurnEveryBlock = Config::kTurns == Turns::kEveryBlock;
   static constexpr int kEarlyTiles = Config::kEarlySteps > 0 ? 2 * Config::kEarlySteps : kTilesN;
 
  public:
   __device__ __forceinline__ Consumer(SharedStorage& smem, const Params& params, int warpgroup_idx)
-      : smem_(smem),
-        p_(params),
-        warpgroup_idx_(warpgroup_idx),
-        warp_idx_(threadIdx.x / 32 % 4),
-        lane_idx_(threadIdx.x % 32),
+      : Walk(smem, params, warpgroup_idx),
         q_desc_(sm90::Descriptor::k_major(smem.q[0][warpgroup_idx])),
         k_desc_(sm90::Descriptor::k_major(smem.k[0])),
         v_desc_(sm90::Descriptor::mn_major(smem.v[0])),
@@ -42,9 +54,9 @@ class Consumer {
   __device__ __forceinline__ void run() {
     if (warpgroup_idx_ == Config::kConsumers - 1) pass_turn();  // warpgroup 0 begins
     Work work;
-    // As `while (await_tile(work))` ptxas no longer sees that positions in the rings are the same
+    // As `while (begin_tile(work))` ptxas no longer sees that positions in the rings are the same
     // for a whole warp, and the main loop grows by 60 to 100 instructions.
-    for (bool is_valid = await_tile(work); is_valid; is_valid = await_tile(work)) {
+    for (bool is_valid = begin_tile(work); is_valid; is_valid = begin_tile(work)) {
       if (work.begin == work.end) {
         pass_over(work);
       } else {
@@ -56,59 +68,14 @@ class Consumer {
   }
 
  protected:
-  // What is held in registers of a tile; the rest stays in shared memory until its Q is released.
-  struct Work {
-    int q_stage;
-    int begin, end, full_end;
-    int full_begin;  // in general calls alone
-    bool is_half;
-    bool accumulates;  // O of this tile exists
-  };
-  __device__ __forceinline__ const WarpgroupTile& tile_of(const Work& work) const {
-    return smem_.tile[work.q_stage][warpgroup_idx_];
-  }
-
   // The next tile; false if there is none.
-  __device__ __forceinline__ bool await_tile(Work& work) {
-    sm90::wait_full(smem_.q_barriers[warpgroup_idx_], q_at_);
-    work.q_stage = q_at_.stage;
-    q_at_.advance();
+  __device__ __forceinline__ bool begin_tile(Work& work) {
+    if (!Walk::await_tile(work)) return false;
     const WarpgroupTile& tile = tile_of(work);
-    if (!ptx::warp_uniform(tile.is_valid)) return false;
-    work.begin = Config::kSplitsKeys || Config::kIsGeneral ? ptx::warp_uniform(tile.begin) : 0;
-    work.end = ptx::warp_uniform(tile.end);
-    work.full_end = ptx::warp_uniform(tile.full_end);
-    work.is_half = Config::kHalvesFirst && ptx::warp_uniform(tile.is_half);
-    work.accumulates = false;
-    if constexpr (Config::kIsGeneral) work.full_begin = ptx::warp_uniform(tile.full_begin);
-    if constexpr (Config::AttnMask::kIsUnderScores) {
-      if (p_.attn_mask.q_factor != 1.f) adapt_q(work);
-    } else {
-      if (p_.scale.negate) adapt_q(work);
-    }
-    alibi_.begin_tile(tile, lane_idx_);
+    alibi_.begin_tile(tile, warp_idx_, lane_idx_);
     dropout_.begin_tile(tile, warp_idx_, lane_idx_);
     if (work.begin < work.end) attn_mask_.begin_tile(tile, work.end - 1);
     return true;
-  }
-
-  // A negative scale changes the sign of Q, once a tile, and the kernel goes on with |scale|. Where
-  // scores are accumulated on a mask, Q takes a part of the scale, see ScaleParts.
-  __device__ __forceinline__ void adapt_q(const Work& work) {
-    using Pair = std::conditional_t<std::is_same_v<Element, __half>, __half2, __nv_bfloat162>;
-    char* const q = smem_.q[work.q_stage][warpgroup_idx_].data;
-#pragma unroll 4
-    for (int i = threadIdx.x % 128; i < QTile::kBytes / 4; i += 128) {
-      if constexpr (Config::AttnMask::kIsUnderScores) {
-        const Element factor = from_float<Element>(p_.attn_mask.q_factor);
-        Pair& pair = reinterpret_cast<Pair*>(q)[i];
-        pair = __hmul2(pair, Pair(factor, factor));
-      } else {
-        reinterpret_cast<uint32_t*>(q)[i] ^= 0x80008000u;
-      }
-    }
-    ptx::fence_proxy_async();
-    ptx::named_barrier_sync(1 + Config::kConsumers + warpgroup_idx_, 128);
   }
 
   // A tile of which this warpgroup has nothing to compute.
@@ -120,38 +87,6 @@ class Consumer {
     skip_blocks(work);
     if (Config::kSplitsKeys) output().note_empty_share(tile_of(work));
     release_q(work);
-  }
-
-  // The blocks that other warpgroups of the tile see and this one does not.
-  __device__ __forceinline__ void skip_blocks(const Work& work) {
-#pragma unroll 1
-    for (int n_block = work.end + ptx::warp_uniform(tile_of(work).skipped) - 1; n_block >= work.end;
-         --n_block) {
-      if (kTurnEveryBlock && n_block > work.begin) {
-        await_turn();
-        pass_turn();
-      }
-      skip_block();
-    }
-  }
-
-  // The same of those behind its own, where a window ends.
-  __device__ __forceinline__ void skip_blocks_behind(int count) {
-#pragma unroll 1
-    for (; count > 0; --count) {
-      if (kTurnEveryBlock) {
-        await_turn();
-        pass_turn();
-      }
-      skip_block();
-    }
-  }
-
-  __device__ __forceinline__ void skip_block() {
-    sm90::wait_full(smem_.k_barriers, k_at_);
-    release_k();
-    sm90::wait_full(smem_.v_barriers, v_at_);
-    release_v();
   }
 
   // Nothing overlaps with it: what need not be computed is time saved.
@@ -178,24 +113,34 @@ class Consumer {
     if (!kTurnEveryBlock) pass_turn();
     release_k();
     update_max(acc_s, work, work.end - 1, /*is_edge=*/work.end > work.full_end);
-    softmax_.template weights<0, kKeys / 8>(acc_s, p_.scale.log2);
+    softmax_.template weights<0, kKeys / 8>(acc_s, exponent());
     dropout_.drop(acc_s, work.end - 1);
     sm90::pack_operand<Element>(frag_p_, acc_s);
   }
 
   __device__ __forceinline__ void other_blocks(Work& work) {
     int n_block = work.end - 2;
-    if constexpr (!Config::kIsGeneral) {
+    if constexpr (Config::kIsGeneral) {
 #pragma unroll 1
-      for (; n_block >= work.full_end; --n_block) next_block(work, n_block, /*is_edge=*/true);
+      for (; n_block >= work.begin; --n_block) {
+        if (Config::kTriesWeights && n_block < work.full_end && n_block >= work.full_begin) {
+          next_block<false>(work, n_block);
+        } else {
+          next_block<true>(work, n_block);
+        }
+      }
+    } else {
+#pragma unroll 1
+      for (; n_block >= work.full_end; --n_block) next_block<true>(work, n_block);
+#pragma unroll 1
+      for (; n_block >= work.begin; --n_block) next_block<false>(work, n_block);
     }
-#pragma unroll 1
-    for (; n_block >= work.begin; --n_block) next_block(work, n_block, /*is_edge=*/false);
   }
 
   // While the tensor cores add the previous block's P V to O, its softmax turns this block's S into
-  // weights.
-  __device__ __forceinline__ void next_block(Work& work, int n_block, bool is_edge) {
+  // weights. kIsEdge: the mask may hide some of the block.
+  template <bool kIsEdge>
+  __device__ __forceinline__ void next_block(Work& work, int n_block) {
     float acc_s[kTilesN][4];
     begin_scores(acc_s, work, n_block);
     sm90::wait_full(smem_.k_barriers, k_at_);
@@ -210,18 +155,56 @@ class Consumer {
     attn_mask_.fetch_behind(tile_of(work), n_block > work.begin, n_block - 1);
     ptx::wgmma_wait_group<1>();
     release_k();
-    update_max(acc_s, work, n_block, is_edge);
-    softmax_.template weights<0, kEarlyTiles>(acc_s, p_.scale.log2);
-    if (kEarlyTiles < kTilesN) {
-      pin_before_wait(softmax_.row_sum[0] + softmax_.row_sum[1], &smem_.never_written);
+    if constexpr (Config::kTriesWeights && !kIsEdge) {
+      finish_scores(acc_s, work, n_block, /*is_edge=*/false);
+      if (try_weights(acc_s)) return;
+      // Follows any growth: the next blocks of scores like these are to pass.
+      softmax_.update_max(acc_s, p_.scale.log2, 0.f, /*max_lag_log2=*/0.f);
+      softmax_.template weights<0, kTilesN>(acc_s, exponent());
+    } else {
+      update_max(acc_s, work, n_block, kIsEdge);
+      softmax_.template weights<0, kEarlyTiles>(acc_s, exponent());
+      if (kEarlyTiles < kTilesN) {
+        pin_before_wait(softmax_.row_sum[0] + softmax_.row_sum[1], &smem_.never_written);
+      }
+      ptx::wgmma_wait_group<0>();
+      release_v();
+      softmax_.template weights<kEarlyTiles, kTilesN>(acc_s, exponent());
+      dropout_.drop(acc_s, n_block);
     }
-    ptx::wgmma_wait_group<0>();
-    release_v();
-    softmax_.template weights<kEarlyTiles, kTilesN>(acc_s, p_.scale.log2);
-    dropout_.drop(acc_s, n_block);
     sm90::pack_operand<Element>(frag_p_, acc_s);
     softmax_.rescale_accumulator(acc_o_);
   }
+
+  // P by the row maximum so far, with the wait for O somewhere in it; false if the scores are to be
+  // taken again.
+  __device__ __forceinline__ bool try_weights(const float (&acc_s)[kTilesN][4]) {
+    constexpr int kEarly = 2 * Config::kEarlySteps;
+    float sum[4] = {0.f, 0.f, 0.f, 0.f};
+    float early[kEarly > 0 ? kEarly : 1][4];
+#pragma unroll
+    for (int n = 0; n < kEarly; ++n) softmax_.try_weights(early[n], acc_s[n], sum, exponent());
+    if (kEarly > 0) {
+      // Not the sum alone, which ptxas knows to be positive.
+      pin_before_wait(softmax_.row_sum[0] + sum[0] + sum[1] + sum[2] + sum[3],
+                      &smem_.never_written);
+    }
+    ptx::wgmma_wait_group<0>();
+    release_v();
+#pragma unroll
+    for (int n = 0; n < kTilesN; ++n) {
+      float late[4];
+      if (n >= kEarly) softmax_.try_weights(late, acc_s[n], sum, exponent());
+      const float (&weight)[4] = n < kEarly ? early[n < kEarly ? n : 0] : late;
+      frag_p_[n / 2][n % 2 * 2] = pack<Element>(weight[0], weight[1]);
+      frag_p_[n / 2][n % 2 * 2 + 1] = pack<Element>(weight[2], weight[3]);
+    }
+    // Added in accept(), ptxas would put all exp2 before the wait and all packing behind it.
+    const float sums[2] = {sum[0] + sum[1], sum[2] + sum[3]};
+    return softmax_.accept(sums);
+  }
+
+  __device__ __forceinline__ auto exponent() const { return softmax_.exponent(p_.scale.log2); }
 
   // The last P V, and O / l.
   __device__ __forceinline__ void end_tile(Work& work) {
@@ -250,7 +233,7 @@ class Consumer {
   __device__ __forceinline__ void begin_scores(float (&acc_s)[kN][4], const Work& work,
                                                int n_block) {
     attn_mask_.begin_scores(acc_s);
-    if constexpr (Config::kTensorAlibi) alibi_.begin_block(warp_distance(work, n_block), warp_idx_);
+    if constexpr (Config::kTensorAlibi) alibi_.begin_block(n_block);
   }
 
   template <int kN>
@@ -259,11 +242,6 @@ class Consumer {
                                           q_desc_.tile<QTile>(work.q_stage * Config::kConsumers),
                                           k_desc_.tile<KVTile>(k_at_.stage),
                                           /*accumulates=*/Config::AttnMask::kIsUnderScores);
-  }
-  // Of the warp's first row to the block's first key.
-  __device__ __forceinline__ int warp_distance(const Work& work, int n_block) const {
-    const WarpgroupTile& tile = tile_of(work);
-    return tile.row0 + 16 * warp_idx_ + tile.diagonal - n_block * kBlockN;
   }
   __device__ __forceinline__ void issue_product(Work& work) {
     sm90::gemm_ab<KVTile>(acc_o_, frag_p_, v_desc_.tile<KVTile>(v_at_.stage), work.accumulates);
@@ -282,7 +260,7 @@ class Consumer {
           [&] { hide_keys(acc_s, work, n_block); });
     } else {
       finish_scores(acc_s, work, n_block, is_edge);
-      softmax_.update_max(acc_s, p_.scale.log2, dropout_.factor_log2());
+      softmax_.update_max(acc_s, p_.scale.log2, dropout_.factor_log2(), kMaxLagLog2);
     }
   }
 
@@ -304,7 +282,7 @@ class Consumer {
   __device__ __forceinline__ void add_alibi(float (&acc_s)[kN][4], const Work& work, int n_block,
                                             int first_key = 0) {
     if constexpr (Config::kTensorAlibi) {
-      alibi_.finish(acc_s, softmax_.excess, warp_distance(work, n_block), lane_idx_);
+      alibi_.finish(acc_s, softmax_.excess, n_block, lane_idx_);
     } else if (Config::kMayHaveAlibi && p_.alibi_slopes.data != nullptr) {
       const int distance = first_row(work) + tile_of(work).diagonal - first_col(n_block, first_key);
       add_distances(acc_s, tile_of(work).slope, distance);
@@ -350,42 +328,7 @@ class Consumer {
     ptx::fence_proxy_async();
   }
 
-  // The producer may fill the Q buffer again, after sending off the O that was staged in it.
-  __device__ __forceinline__ void release_q(const Work& work) {
-    __syncwarp();
-    if (lane_idx_ == 0) {
-      ptx::mbarrier_arrive(smem_.q_barriers[warpgroup_idx_].empty[work.q_stage]);
-    }
-  }
-
-  // Every warp lets go for itself: one that has not yet seen a buffer full must not find it filled
-  // twice, which looks like never.
-  __device__ __forceinline__ void release_k() {
-    if (lane_idx_ == 0) ptx::mbarrier_arrive(smem_.k_barriers.empty[k_at_.stage]);
-    k_at_.advance();
-  }
-  __device__ __forceinline__ void release_v() {
-    if (lane_idx_ == 0) ptx::mbarrier_arrive(smem_.v_barriers.empty[v_at_.stage]);
-    v_at_.advance();
-  }
-
-  // The warpgroups take turns in issuing products, so that one's softmax falls on another's: each
-  // as many in a tile, also at blocks that it skips.
-  __device__ __forceinline__ void await_turn() { ptx::named_barrier_sync(1 + warpgroup_idx_, 256); }
-  __device__ __forceinline__ void pass_turn() {
-    ptx::named_barrier_arrive(1 + (warpgroup_idx_ + 1) % Config::kConsumers, 256);
-  }
-
-  SharedStorage& smem_;
-  const Params& p_;
-  const int warpgroup_idx_;
-  const int warp_idx_;
-  const int lane_idx_;
   const sm90::Descriptor q_desc_, k_desc_, v_desc_;
-  sm90::RingPosition<Config::kQBuffers> q_at_;
-  sm90::RingPosition<Config::kKStages> k_at_;
-  sm90::RingPosition<Config::kVStages> v_at_;
-
   Softmax softmax_;
   typename Config::Alibi alibi_;
   typename Config::Dropout dropout_;

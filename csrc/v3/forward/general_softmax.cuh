@@ -19,16 +19,16 @@ struct GeneralSoftmax : Softmax {
 
   template <int kN>
   __device__ __forceinline__ void update_max(float (&acc_s)[kN][4], float scale_log2,
-                                             float factor_log2) {
+                                             float factor_log2, float max_lag_log2) {
     if constexpr (kInExponents == InExponents::kNone) {
-      return Softmax::update_max(acc_s, scale_log2, factor_log2);
+      return Softmax::update_max(acc_s, scale_log2, factor_log2, max_lag_log2);
     }
     float block_max[2];
     bool grows[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       block_max[half] = quad_max(own_max_of_row(acc_s, half) - excess[half]);
-      grows[half] = exceeds_lag(block_max[half], half, scale_log2);
+      grows[half] = exceeds(block_max[half], half, scale_log2, max_lag_log2);
     }
     raise_max(acc_s, block_max, grows, scale_log2, factor_log2);
   }
@@ -80,24 +80,23 @@ struct GeneralSoftmax : Softmax {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       block_max[half] *= cap_factor(block_max[half], polynomial_);
-      grows[half] = exceeds_lag(block_max[half], half, 1.f);
+      grows[half] = exceeds(block_max[half], half, 1.f, kMaxLagLog2);
     }
     raise_max(acc_s, block_max, grows, 1.f, 0.f);
   }
 
-  template <int kBegin, int kEnd, int kN>
-  __device__ __forceinline__ void weights(float (&acc_s)[kN][4], float scale_log2) {
+  __device__ __forceinline__ auto exponent(float scale_log2) const {
     if constexpr (kCaps) {
-      Softmax::weights<kBegin, kEnd>(acc_s, [&](float s, int half) {
+      return [this](float s, int half) {
         return fmaf(s, cap_factor(s, polynomial_), -max_log2[half]);
-      });
+      };
     } else if constexpr (kInExponents == InExponents::kAlibi) {
-      const float base[2] = {fmaf(excess[0], scale_log2, max_log2[0]),
-                             fmaf(excess[1], scale_log2, max_log2[1])};
-      Softmax::weights<kBegin, kEnd>(
-          acc_s, [&](float s, int half) { return __fmaf_rn(s, scale_log2, -base[half]); });
+      const float upper = fmaf(excess[0], scale_log2, max_log2[0]);
+      const float lower = fmaf(excess[1], scale_log2, max_log2[1]);
+      return
+          [=](float s, int half) { return __fmaf_rn(s, scale_log2, half == 0 ? -upper : -lower); };
     } else {
-      Softmax::weights<kBegin, kEnd>(acc_s, scale_log2);
+      return Softmax::exponent(scale_log2);
     }
   }
 

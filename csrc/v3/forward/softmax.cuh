@@ -11,6 +11,10 @@ namespace flash_ext::v3::forward {
 // weight: only beyond that does it move and is O rescaled, which most blocks are thus spared.
 // Weights up to 256 round as well as those up to 1 in fp16 and bf16, and O / l and m + log l do not
 // depend on m.
+//
+// Most blocks are therefore spared their maximum, too: their weights are tried relative to the one
+// so far, beside the scores, which stay, and taken unless their sum exceeds 2^8. What lies between
+// S and its weights otherwise, a maximum, shuffles and a vote, is what the tensor cores wait for.
 inline constexpr float kMaxLagLog2 = 8.f;
 
 struct Softmax {
@@ -20,18 +24,19 @@ struct Softmax {
   float rescale[2];                           // what earlier weights are to be multiplied by
   bool rescales = false;                      // in this warp: some rescale is not 1
   bool shifts = false;                        // in this warp: huge scores, see ExponentBase
+  bool is_settled = false;  // in this warp: all rows have seen a score, and none is huge
 
   // Takes in the block's scores. Afterwards weights() may turn them into weights, times
-  // 2^factor_log2.
+  // 2^factor_log2. `max_lag_log2`: by how much the maximum may lag.
   template <int kN>
   __device__ __forceinline__ void update_max(float (&acc_s)[kN][4], float scale_log2,
-                                             float factor_log2 = 0.f) {
+                                             float factor_log2, float max_lag_log2) {
     float block_max[2];
     bool grows[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       block_max[half] = quad_max(own_max_of_row(acc_s, half));
-      grows[half] = exceeds_lag(block_max[half], half, scale_log2);
+      grows[half] = exceeds(block_max[half], half, scale_log2, max_lag_log2);
     }
     raise_max(acc_s, block_max, grows, scale_log2, factor_log2);
   }
@@ -50,8 +55,9 @@ struct Softmax {
     return fmaxf(even, odd);
   }
 
-  __device__ __forceinline__ bool exceeds_lag(float block_max, int half, float scale_log2) const {
-    return (block_max - row_max[half]) * scale_log2 > kMaxLagLog2;
+  __device__ __forceinline__ bool exceeds(float block_max, int half, float scale_log2,
+                                          float lag_log2) const {
+    return (block_max - row_max[half]) * scale_log2 > lag_log2;
   }
 
   template <int kN>
@@ -72,6 +78,8 @@ struct Softmax {
       row_sum[half] *= rescale[half];
     }
     shifts = __any_sync(0xffffffffu, shift[0] != 0.f || shift[1] != 0.f);
+    is_settled =
+        __all_sync(0xffffffffu, !shifts && row_max[0] > -INFINITY && row_max[1] > -INFINITY);
     if (!shifts) return;
 #pragma unroll
     for (int n = 0; n < kN; ++n) {
@@ -80,27 +88,43 @@ struct Softmax {
     }
   }
 
-  // Scores to weights, and their sum, for the 8-column tiles [kBegin, kEnd).
-  template <int kBegin, int kEnd, int kN>
-  __device__ __forceinline__ void weights(float (&acc_s)[kN][4], float scale_log2) {
-    weights<kBegin, kEnd>(
-        acc_s, [&](float s, int half) { return __fmaf_rn(s, scale_log2, -max_log2[half]); });
+  // What 2 is raised to: a function of (score, half).
+  __device__ __forceinline__ auto exponent(float scale_log2) const {
+    return
+        [this, scale_log2](float s, int half) { return __fmaf_rn(s, scale_log2, -max_log2[half]); };
   }
 
-  // The same, with exponent(score, half) as what 2 is raised to.
+  // Scores to weights, and their sum, for the 8-column tiles [kBegin, kEnd).
   template <int kBegin, int kEnd, int kN, typename Exponent>
   __device__ __forceinline__ void weights(float (&acc_s)[kN][4], const Exponent& exponent) {
     float sum[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
-    for (int n = kBegin; n < kEnd; ++n) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        acc_s[n][i] = ptx::exp2_approx(exponent(acc_s[n][i], i / 2));
-        sum[i] += acc_s[n][i];
-      }
-    }
+    for (int n = kBegin; n < kEnd; ++n) try_weights(acc_s[n], acc_s[n], sum, exponent);
     row_sum[0] += sum[0] + sum[1];
     row_sum[1] += sum[2] + sum[3];
+  }
+
+  // Of one such tile, by the maximum so far; `sum`: of this thread's weights of the block.
+  template <typename Exponent>
+  __device__ __forceinline__ static void try_weights(float (&weight)[4], const float (&score)[4],
+                                                     float (&sum)[4], const Exponent& exponent) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      weight[i] = ptx::exp2_approx(exponent(score[i], i / 2));
+      sum[i] += weight[i];
+    }
+  }
+
+  // Whether the weights that were tried stand, for the whole warp: none exceeds 2^kMaxLagLog2 where
+  // the sums of a thread's do not, which NaN is not either. If not, update_max() and weights() are
+  // to follow.
+  __device__ __forceinline__ bool accept(const float (&sums)[2]) {
+    constexpr float kMostSum = 256.f;
+    const bool stand = sums[0] <= kMostSum && sums[1] <= kMostSum;
+    if (!__all_sync(0xffffffffu, stand && is_settled)) return false;
+    row_sum[0] += sums[0];
+    row_sum[1] += sums[1];
+    return true;
   }
 
   template <int kN>

@@ -34,7 +34,7 @@ class SparseConsumer : public Consumer<Config> {
   __device__ __forceinline__ void run() {
     if (this->warpgroup_idx_ == Config::kConsumers - 1) this->pass_turn();  // warpgroup 0 begins
     Work work;
-    for (bool is_valid = this->await_tile(work); is_valid; is_valid = this->await_tile(work)) {
+    for (bool is_valid = this->begin_tile(work); is_valid; is_valid = this->begin_tile(work)) {
       softmax_ = Softmax();
       has_product_ = false;
       walk(work);
@@ -89,8 +89,8 @@ class SparseConsumer : public Consumer<Config> {
     if (takes_turn && !kTurnEveryBlock) this->pass_turn();
     this->release_k();
     this->finish_scores(acc_s, work, n_block, /*is_edge=*/false);
-    softmax_.update_max(acc_s, p_.scale.log2, 0.f);
-    softmax_.template weights<0, kEarlyTiles>(acc_s, p_.scale.log2);
+    softmax_.update_max(acc_s, p_.scale.log2, 0.f, kMaxLagLog2);
+    softmax_.template weights<0, kEarlyTiles>(acc_s, softmax_.exponent(p_.scale.log2));
     if (kHasProduct) {
       if (kEarlyTiles < kTilesN) {
         pin_before_wait(softmax_.row_sum[0] + softmax_.row_sum[1], &smem_.never_written);
@@ -98,7 +98,7 @@ class SparseConsumer : public Consumer<Config> {
       ptx::wgmma_wait_group<0>();
       release_product();
     }
-    softmax_.template weights<kEarlyTiles, kTilesN>(acc_s, p_.scale.log2);
+    softmax_.template weights<kEarlyTiles, kTilesN>(acc_s, softmax_.exponent(p_.scale.log2));
     sm90::pack_operand<Element>(frag_p_, acc_s);
     if (kHasProduct || work.accumulates) softmax_.rescale_accumulator(acc_o_);
     product_at_ = v_at_;
@@ -119,8 +119,8 @@ class SparseConsumer : public Consumer<Config> {
     if (takes_turn) this->pass_turn();
     this->release_k();
     this->finish_scores(acc_s, work, n_block, /*is_edge=*/false, first_key);
-    softmax_.update_max(acc_s, p_.scale.log2, 0.f);
-    softmax_.template weights<0, kTilesN / 2>(acc_s, p_.scale.log2);
+    softmax_.update_max(acc_s, p_.scale.log2, 0.f, kMaxLagLog2);
+    softmax_.template weights<0, kTilesN / 2>(acc_s, softmax_.exponent(p_.scale.log2));
     uint32_t frag[kBlockN / 32][4];
     sm90::pack_operand<Element>(frag, acc_s);
     if (work.accumulates) softmax_.rescale_accumulator(acc_o_);
