@@ -40,7 +40,7 @@ struct MaskFacts {
 
 // What decides about a general call: which features it has, but none of their tensors.
 GeneralParams describe_general(const std::string& causal, const AttentionShape& shape,
-                               std::array<int64_t, 2> window, double softcap,
+                               std::array<int64_t, 2> window, double softcap, int block_size,
                                const std::vector<std::string>& given, const MaskFacts& mask) {
   alignas(16) static int present[2];
   const auto pointer = [&](const char* name) -> int* {
@@ -59,6 +59,7 @@ GeneralParams describe_general(const std::string& causal, const AttentionShape& 
                                                    : MaskType::kFloat;
   }
   general.block_mask.data = pointer("block_mask");
+  general.block_mask.block_size = block_size;
   general.alibi_slopes.data = pointer("alibi_slopes");
   general.sinks.data = pointer("sinks");
   general.dropout.rng_state = reinterpret_cast<const uint64_t*>(pointer("dropout_p"));
@@ -73,7 +74,7 @@ pybind11::dict plan_forward(const std::string& device_name, const std::string& a
                             const std::string& dtype, int64_t batch, int64_t heads_q,
                             int64_t heads_kv, int64_t seqlen_q, int64_t seqlen_k, int64_t head_dim,
                             const std::string& causal, std::array<bool, 3> is_aligned, double scale,
-                            std::array<int64_t, 2> window, double softcap,
+                            std::array<int64_t, 2> window, double softcap, int block_size,
                             const std::vector<std::string>& given, const std::string& mask_dtype,
                             std::array<int64_t, 4> mask_strides, bool mask_is_aligned) {
   const c10::Device device(device_name);
@@ -83,7 +84,7 @@ pybind11::dict plan_forward(const std::string& device_name, const std::string& a
   params.softmax_scale = scale;
   params.is_general = !given.empty();
   if (params.is_general)
-    params.general = describe_general(causal, params.shape, window, softcap, given,
+    params.general = describe_general(causal, params.shape, window, softcap, block_size, given,
                                       {mask_dtype, mask_strides, mask_is_aligned});
   TensorView* const views[] = {&params.q, &params.k, &params.v};
   for (int i = 0; i < 3; ++i) views[i]->aligned16 = is_aligned[i];
@@ -113,6 +114,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_capability", &flash_ext::cpu_backend::capability);
   m.def("plan_forward", &flash_ext::plan_forward, pybind11::kw_only(), "device"_a, "algorithm"_a,
         "dtype"_a, "batch"_a, "heads_q"_a, "heads_kv"_a, "seqlen_q"_a, "seqlen_k"_a, "head_dim"_a,
-        "causal"_a, "is_aligned"_a, "scale"_a, "window"_a, "softcap"_a, "given"_a, "mask_dtype"_a,
-        "mask_strides"_a, "mask_is_aligned"_a);
+        "causal"_a, "is_aligned"_a, "scale"_a, "window"_a, "softcap"_a, "block_size"_a, "given"_a,
+        "mask_dtype"_a, "mask_strides"_a, "mask_is_aligned"_a);
 }

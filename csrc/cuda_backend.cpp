@@ -124,7 +124,7 @@ void forward(Algorithm algorithm, c10::ScalarType dtype, ForwardParams params, c
   algorithm = resolve(algorithm, dtype, params);
   at::Tensor workspace;
   if (params.is_general && algorithm == Algorithm::kV3) {
-    if (const auto floats = v3::general_workspace(params).num_floats; floats > 0) {
+    if (const auto floats = v3::general_workspace_floats(params); floats > 0) {
       workspace = allocate_workspace(floats, device);
       params.workspace = workspace.mutable_data_ptr<float>();
     }
@@ -194,7 +194,7 @@ ForwardPlan plan_forward(Algorithm algorithm, c10::ScalarType dtype, const Forwa
   if (params.is_general) {
     if (plan.algorithm == Algorithm::kV3) {
       plan.workspace_bytes =
-          v3::general_workspace(params).num_floats * static_cast<int64_t>(sizeof(float));
+          v3::general_workspace_floats(params) * static_cast<int64_t>(sizeof(float));
       dispatch_general_forward_v3(dtype, params.shape, [&](auto element, auto head_dim) {
         plan.kernel = plan_general_forward_v3<typename decltype(element)::type, head_dim()>(params);
       });

@@ -87,6 +87,7 @@ def explain(q, k, v, *, causal=False, scale=None, algorithm="auto", **general):
         scale=head_dim**-0.5 if scale is None else scale,
         window=window,
         softcap=general.get("softcap") or 0.0,
+        block_size=general.get("block_size", 128),
         given=given,
         **_mask_facts(general.get("attn_mask")),
     )

@@ -110,6 +110,23 @@ def test_patterns(device, algorithm, pattern, size, head_dim):
 @head_dims
 @block_sizes
 @pytest.mark.parametrize("dtype", HALF_DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("rises", [1.0, 4.0, 40.0])
+def test_scores_that_rise_from_block_to_block(device, algorithm, dtype, size, head_dim, rises):
+    """Blocks are taken from the last to the first, and most have a maximum above those before."""
+    shape = Shape(1, 2, 1, 400, 2000, head_dim)
+    q, k, v = make_qkv(shape, dtype, device)
+    k = k.abs() * torch.linspace(rises, 0.1, shape.seqlen_k, device=device).to(dtype)[:, None]
+    rng = random.Random(size)
+    for signed, scale in itertools.product((q.abs(), -q.abs(), q), (None, -0.125)):
+        features = on_device(draw_blocks(rng, shape, size, 0.6), device)
+        for causal in ("none", "bottom_right"):
+            check_forward(signed, k, v, features, algorithm=algorithm, causal=causal, scale=scale)
+
+
+@v3
+@head_dims
+@block_sizes
+@pytest.mark.parametrize("dtype", HALF_DTYPES, ids=dtype_name)
 def test_what_is_off_is_not_read(device, algorithm, dtype, size, head_dim):
     """NaN in a block's K and V reaches the rows that see it, and no others."""
     shape = Shape(1, 2, 1, 1000, 1500, head_dim)
@@ -184,3 +201,13 @@ def test_auto_takes_v3_and_explain_says_so():
     features = {"block_mask": torch.rand(1, 1, 3, 3, device="cuda") < 0.5}
     assert_same_bits(*(call(q, k, v, features, algorithm=name) for name in ("auto", "v3")), "algorithm='auto'")
     assert flash_ext.explain(q, k, v, **features).algorithm == "v3"
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_explain_says_where_tiles_are_counted(size):
+    q, k, v = make_qkv(Shape(1, 2, 1, 300, 300, 64), BF16, "cuda")
+    blocks = torch.ones(1, 1, *num_blocks(Shape(1, 2, 1, 300, 300, 64), size), dtype=torch.bool, device="cuda")
+    features = {"block_mask": blocks, "block_size": size}
+    plan = flash_ext.explain(q, k, v, **features)
+    assert (plan.block_m, plan.workspace_bytes) == ((192, 0) if size == 64 else (128, 4))
+    assert flash_ext.explain(q, k, v, softcap=2.0, **features).workspace_bytes == 0

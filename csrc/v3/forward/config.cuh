@@ -11,6 +11,7 @@
 #include "v3/forward/general_softmax.cuh"
 #include "v3/forward/kernel_params.cuh"
 #include "v3/forward/mask_tiles.cuh"
+#include "v3/forward/tile_queue.cuh"
 
 namespace flash_ext::v3::forward {
 
@@ -46,8 +47,9 @@ enum class Variant {
   kFloatMaskDropout,
   kBoolMask,  // and with one of bool
   kBoolMaskDropout,
-  kSparse,        // under a block_mask
-  kBiasedSparse,  // and with softcap or alibi_slopes
+  kSparse,         // under a block_mask
+  kBiasedSparse,   // and with softcap or alibi_slopes
+  kUniformSparse,  // kSparse where a tile's rows all see the same blocks: d=64
 };
 
 // H200, bf16, 16k tokens, over cuDNN (v3_tuning.json). d=64: 1.21 at 4k and 1.12 at 512 keys, where
@@ -70,6 +72,9 @@ struct TileShape<64, Variant::kBoolMaskDropout> : Shape<2, 128, 4, 4, 2, 2> {};
 // Warpgroups see different blocks, and would wait for one another's turns.
 template <>
 struct TileShape<64, Variant::kSparse> : Shape<3, 128, 4, 4, 2, 0, Turns::kFirstBlock> {};
+// What is off for one warpgroup is off for all. Of 192 rows two thirds would not be.
+template <>
+struct TileShape<64, Variant::kUniformSparse> : Shape<2, 128, 4, 4, 2, 0> {};
 template <>
 struct TileShape<64, Variant::kBiasedSparse> : TileShape<64, Variant::kSparse> {};
 template <>
@@ -116,8 +121,9 @@ struct Config : TileShape<kHeadDim_, kVariant> {
   static constexpr bool kDropsOut = kVariant == Variant::kDropout ||
                                     kVariant == Variant::kFloatMaskDropout ||
                                     kVariant == Variant::kBoolMaskDropout;
+  static constexpr bool kIsUniform = kVariant == Variant::kUniformSparse;
   static constexpr bool kIsSparse =
-      kVariant == Variant::kSparse || kVariant == Variant::kBiasedSparse;
+      kVariant == Variant::kSparse || kVariant == Variant::kBiasedSparse || kIsUniform;
   static constexpr bool kIsGeneral = kVariant == Variant::kGeneral || kVariant == Variant::kAlibi ||
                                      kVariant == Variant::kSoftcap || kAddsMask || kHidesByMask ||
                                      kDropsOut || kIsSparse;
@@ -128,12 +134,15 @@ struct Config : TileShape<kHeadDim_, kVariant> {
   static constexpr bool kCapsInExponents = kVariant == Variant::kSoftcap;
   // See softmax.cuh. The others have no registers left for scores beside weights.
   static constexpr bool kTriesWeights =
-      !kIsGeneral || kVariant == Variant::kGeneral || kVariant == Variant::kAlibi ||
-      kVariant == Variant::kFloatMask || kVariant == Variant::kBoolMask;
+      kHeadDim < 256 &&
+      (!kIsGeneral || kVariant == Variant::kGeneral || kVariant == Variant::kAlibi ||
+       kVariant == Variant::kFloatMask || kVariant == Variant::kBoolMask || kIsUniform);
   static constexpr bool kMayCap = kVariant != Variant::kGeneral && kVariant != Variant::kAlibi &&
-                                  kVariant != Variant::kFloatMask && kVariant != Variant::kSparse;
-  static constexpr bool kMayHaveAlibi =
-      kVariant != Variant::kGeneral && kVariant != Variant::kAlibi && kVariant != Variant::kSparse;
+                                  kVariant != Variant::kFloatMask && kVariant != Variant::kSparse &&
+                                  !kIsUniform;
+  static constexpr bool kMayHaveAlibi = kVariant != Variant::kGeneral &&
+                                        kVariant != Variant::kAlibi &&
+                                        kVariant != Variant::kSparse && !kIsUniform;
   using Softmax = std::conditional_t<kIsGeneral, GeneralSoftmax<kInExponents>, forward::Softmax>;
   using Params = std::conditional_t<kIsGeneral, GeneralKernelParams, KernelParams>;
   using Tile = std::conditional_t<kIsGeneral, PlacedTile, forward::Tile>;
@@ -173,6 +182,7 @@ struct Config : TileShape<kHeadDim_, kVariant> {
     WarpgroupTile tile[Base::kQBuffers][Base::kConsumers];  // what the Q beside it belongs to
     float never_written;                                    // see pin_before_wait()
     std::conditional_t<kIsSparse, BlockNotes<Base::kKStages>, NoNotes> k_notes;
+    std::conditional_t<kIsUniform, TileQueue, NoQueue> tiles;
   };
   // A warpgroup waits for its turn before it lets go of blocks that others skip before theirs.
   static_assert((Base::kConsumers - 1) * kRowsPerWarpgroup <=

@@ -230,6 +230,11 @@ auto with_general_config(const ForwardParams& params, Function&& f) {
   if (drops_out) return f(Config<Element, kHeadDim, Variant::kDropout>());
   const bool caps = params.general.softcap > 0.0;
   if (params.general.block_mask.data != nullptr) {
+    if constexpr (kHeadDim == 64) {
+      if (v3::has_uniform_blocks(params)) {
+        return f(Config<Element, kHeadDim, Variant::kUniformSparse>());
+      }
+    }
     if (caps || params.general.alibi_slopes.data != nullptr) {
       return f(Config<Element, kHeadDim, Variant::kBiasedSparse>());
     }
@@ -257,6 +262,10 @@ void launch_general_forward_v3(const ForwardParams& params, CudaStream stream) {
     if (v3::has_own_lengths(params.general.sequences)) {
       p.entries = prepare_entries<Config>(params, stream);
       overlap = overlap_of(forward_kernel<Config>, name, params.shape);
+    }
+    if constexpr (Config::kIsUniform) {
+      p.num_taken = reinterpret_cast<int*>(params.workspace);
+      check_cuda(cudaMemsetAsync(p.num_taken, 0, sizeof(int), stream), name, params.shape);
     }
     launch_kernel(forward_kernel<Config>, schedule.num_thread_blocks, Config::kNumThreads,
                   sizeof(typename Config::SharedStorage), stream, name, p, params.shape, overlap);

@@ -1,4 +1,5 @@
-// Scratch memory of the v3 forward for general calls: none, unless lengths are read on the GPU.
+// Scratch memory of the v3 forward for general calls: none, unless lengths are read on the GPU or
+// tiles are taken from a counter.
 #pragma once
 
 #include "params.h"
@@ -19,6 +20,20 @@ inline SequenceWorkspace general_workspace(const ForwardParams& params) {
   const Sequences& sequences = params.general.sequences;
   return SequenceWorkspace(sequences, s.batch, sequences.total_q, s.seqlen_q, kLeastBlockM,
                            sequences.is_packed() ? kPackedMaps : kPaddedMaps);
+}
+
+// Whether all rows of a tile see the same blocks of a block_mask, and no window's left edge lies in
+// one: Variant::kUniformSparse.
+inline bool has_uniform_blocks(const ForwardParams& params) {
+  const GeneralParams& general = params.general;
+  return general.block_mask.data != nullptr && general.block_mask.block_size >= kLeastBlockM &&
+         params.shape.padded_head_dim_v3() == 64 && general.window_left < 0 &&
+         general.softcap == 0.0 && general.alibi_slopes.data == nullptr;
+}
+
+// Of lengths that the GPU reads, or the one number of tiles taken.
+inline int64_t general_workspace_floats(const ForwardParams& params) {
+  return has_uniform_blocks(params) ? 1 : general_workspace(params).num_floats;
 }
 
 }  // namespace flash_ext::v3

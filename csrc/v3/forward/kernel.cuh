@@ -44,6 +44,11 @@
 // while the P V of the block that they saw last may still be to come (sparse_consumer.cuh). Turns
 // are for a tile's first block alone, whoever sees it.
 //
+// At d=64 that is for blocks of 64. Where the mask's are no smaller than a tile of 128 rows, no
+// warpgroup passes over anything (uniform_consumer.cuh); each thread block takes the tile that is
+// next when it is free (tile_queue.cuh); and step 4 is left out unless it turns out to be needed
+// (eager_softmax.cuh): weights are relative to the last block's maximum.
+//
 // Budget at                    d=64      d=64, short  d=128     d=256
 //   consumers x keys           3 x 128   4 x 64       2 x 128   2 x 64
 //   Q, K, V in shared memory   48+64+64  64+64+64     64+64+64  64+64+64 KB
@@ -56,6 +61,7 @@
 #include "v3/forward/consumer.cuh"
 #include "v3/forward/producer.cuh"
 #include "v3/forward/sparse_consumer.cuh"
+#include "v3/forward/uniform_consumer.cuh"
 
 namespace flash_ext::v3::forward {
 
@@ -70,6 +76,7 @@ __global__ void __launch_bounds__(Config::kNumThreads, 1)
     smem.v_barriers.init(4 * Config::kConsumers);
     for (auto& ring : smem.q_barriers) ring.init(4);
     smem.init_mask();
+    smem.tiles.init();
     ptx::mbarrier_init_fence();
   }
   smem.number_columns();
@@ -87,8 +94,9 @@ __global__ void __launch_bounds__(Config::kNumThreads, 1)
     if (threadIdx.x == 32) produce_q<Config>(smem, p);
   } else {
     ptx::setmaxnreg_inc<Config::kConsumerRegisters>();
-    using ConsumerType =
-        std::conditional_t<Config::kIsSparse, SparseConsumer<Config>, Consumer<Config>>;
+    using ConsumerType = std::conditional_t<
+        Config::kIsUniform, UniformConsumer<Config>,
+        std::conditional_t<Config::kIsSparse, SparseConsumer<Config>, Consumer<Config>>>;
     ConsumerType(smem, p, warpgroup_idx - 1).run();
   }
 #endif

@@ -116,6 +116,7 @@ struct GeneralKernelParams : KernelParams {
   BlockMask block_mask;
   int long_ranks;            // see TileOrder
   bool is_top_left = false;  // the band's diagonal begins in that corner, whatever the lengths
+  int* num_taken = nullptr;  // how many tiles have been, see tile_queue.cuh
 };
 
 }  // namespace flash_ext::v3::forward

@@ -9,7 +9,9 @@
 namespace flash_ext::v3::forward {
 
 // The thread block's tile of this round. Where lengths are read on the GPU the list that
-// prepare_sequences.cuh has written is walked once for each head, else as in plain calls.
+// prepare_sequences.cuh has written is walked once for each head, else as in plain calls. Where
+// tiles are taken from a counter `round` is the tile's number, and tiles begin at row 0, as the
+// mask's blocks do.
 template <typename Config>
 __device__ __forceinline__ typename Config::Tile take_tile(const typename Config::Params& p,
                                                            int round) {
@@ -30,13 +32,15 @@ __device__ __forceinline__ typename Config::Tile take_tile(const typename Config
               tile.seqlen_k,
               1};
     }
-    const unsigned index =
-        tile_index(round, static_cast<int>(blockIdx.x), p.schedule.num_thread_blocks);
+    const unsigned index = Config::kIsUniform ? static_cast<unsigned>(round)
+                                              : tile_index(round, static_cast<int>(blockIdx.x),
+                                                           p.schedule.num_thread_blocks);
     if (index >= static_cast<unsigned>(p.schedule.num_tiles)) return {0, 0, 0, 0, 0, 0};
     const auto [rank, head] =
         p.schedule.order.place_long_first(static_cast<int>(index), p.long_ranks);
     const int batch_idx = head / p.schedule.heads_q;
-    return {first_row(p.band.seqlen_q, rank, Config::kBlockM),
+    return {Config::kIsUniform ? (p.schedule.order.tiles_per_head - 1 - rank) * Config::kBlockM
+                               : first_row(p.band.seqlen_q, rank, Config::kBlockM),
             head - batch_idx * p.schedule.heads_q,
             batch_idx,
             p.band.seqlen_q,

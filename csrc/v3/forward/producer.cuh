@@ -112,8 +112,14 @@ __device__ __forceinline__ void produce_q(typename Config::SharedStorage& smem,
   sm90::RingPosition<Config::kQBuffers> at;
   typename Config::Tile tile;
   int round = 0;
+  [[maybe_unused]] TileQueue::Position queue_at;
   do {
-    tile = take_q_tile<Config>(p, round++);
+    if constexpr (Config::kIsUniform) {
+      tile = take_q_tile<Config>(p, smem.tiles.follow(queue_at));
+      ++round;
+    } else {
+      tile = take_q_tile<Config>(p, round++);
+    }
     const int tile_row0 = first_row_of<Config>(p, tile);
     const BlockRange blocks = tile_blocks<Config>(p, tile, tile_row0);
     const HeadFacts<Config> head(p, tile);

@@ -7,7 +7,8 @@
 namespace flash_ext::v3::forward {
 
 // What the consumers are told of the block in a K buffer: block * 256 + kLastBlock, where it is the
-// tile's last, + two bits for each warpgroup, whether it sees the first and the second 64 keys.
+// tile's last, + two bits for each warpgroup, whether it sees the first and the second 64 keys (or
+// for all warpgroups, where they see the same).
 // Under a mask of blocks of 128 or 256 both are the same. A tile that sees nothing has one block,
 // of zeros before the first key, that no warpgroup sees.
 inline constexpr int kLastBlock = 1 << 7;
@@ -16,8 +17,10 @@ inline constexpr int kBlockShift = 8;
 template <typename Config>
 class SparseWalk {
  public:
-  __device__ __forceinline__ explicit SparseWalk(const typename Config::Params& p) : p_(&p) {
-    static_assert(Config::kBlockN == 128 && 2 * Config::kConsumers <= 7);
+  __device__ __forceinline__ SparseWalk(typename Config::SharedStorage& smem,
+                                        const typename Config::Params& p)
+      : smem_(&smem), p_(&p) {
+    static_assert(Config::kBlockN == 128 && 2 * kParts <= 7);
     advance();
   }
 
@@ -36,7 +39,7 @@ class SparseWalk {
     for (;; top -= 32) {
       if (top < begin) {
         if (begins_tile) return begin_empty_tile();
-        tile = take_tile<Config>(*p_, round_++);
+        tile = take_tile<Config>(*p_, next_round());
         begins_tile = true;
         if (!tile.is_valid) return;
         const int row0 = max(tile.row0, 0);
@@ -54,6 +57,15 @@ class SparseWalk {
   }
 
  private:
+  // Parts of a tile's rows that see different blocks.
+  static constexpr int kParts = Config::kIsUniform ? 1 : Config::kConsumers;
+  static constexpr int kRowsPerPart = Config::kBlockM / kParts;
+
+  __device__ __forceinline__ int next_round() {
+    if constexpr (Config::kIsUniform) return smem_->tiles.take(queue_at_, p_->num_taken);
+    return round_++;
+  }
+
   __device__ __forceinline__ static int lane_idx() { return threadIdx.x % 32; }
 
   __device__ __forceinline__ void begin_empty_tile() {
@@ -71,10 +83,10 @@ class SparseWalk {
     const bool has_second = !is_fine || n_block * Config::kBlockN + mask.block_size < band.seqlen_k;
     const int first_block = n_block * Config::kBlockN >> shift;
     const int second_block = first_block + (is_fine && has_second ? 1 : 0);
-    bool is_on[Config::kConsumers][2];
+    bool is_on[kParts][2];
 #pragma unroll
-    for (int c = 0; c < Config::kConsumers; ++c) {  // without branches: all loads in flight at once
-      const int row = max(tile.row0 + kRowsPerWarpgroup * c, 0);
+    for (int c = 0; c < kParts; ++c) {  // without branches: all loads in flight at once
+      const int row = max(tile.row0 + kRowsPerPart * c, 0);
       const bool* const flags = static_cast<const bool*>(mask.data) +
                                 mask.offset(tile.batch_idx, tile.head_idx, row >> shift, 0);
       is_on[c][0] = flags[first_block * mask.key_stride];
@@ -82,9 +94,9 @@ class SparseWalk {
     }
     uint32_t all = 0;
 #pragma unroll
-    for (int c = 0; c < Config::kConsumers; ++c) {
-      const int row0 = tile.row0 + kRowsPerWarpgroup * c;
-      const BlockRange own = key_blocks(band, max(row0, 0), kRowsPerWarpgroup, Config::kBlockN);
+    for (int c = 0; c < kParts; ++c) {
+      const int row0 = tile.row0 + kRowsPerPart * c;
+      const BlockRange own = key_blocks(band, max(row0, 0), kRowsPerPart, Config::kBlockN);
       const bool is_own = row0 >= 0 && n_block >= own.begin && n_block < own.end;
       all |= (is_own && is_on[c][0] ? 1u << 2 * c : 0u);
       all |= (is_own && is_on[c][1] && has_second ? 2u << 2 * c : 0u);
@@ -92,8 +104,10 @@ class SparseWalk {
     return all;
   }
 
+  typename Config::SharedStorage* smem_;
   const typename Config::Params* p_;
   int round_ = 0;
+  [[maybe_unused]] TileQueue::Position queue_at_;
 };
 
 // By the whole first warp.
@@ -102,7 +116,7 @@ __device__ __forceinline__ void produce_sparse_kv(typename Config::SharedStorage
                                                   const typename Config::Params& p) {
   sm90::RingPosition<Config::kKStages> k_at;
   sm90::RingPosition<Config::kVStages> v_at;
-  SparseWalk<Config> at(p);
+  SparseWalk<Config> at(smem, p);
   while (at.tile.is_valid) {
     SparseWalk<Config> next = at;
     bool has_next = false;
