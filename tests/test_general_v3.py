@@ -65,9 +65,22 @@ def test_window_edges(device, algorithm, head_dim, window, causal):
 @pytest.mark.parametrize("family", [*FAMILIES])
 def test_softcap_on_data(device, algorithm, family, softcap, dtype):
     """Scores around the cap, far below and far beyond it, some warps' so and some not."""
-    for head_dim in (64, 128):
-        q, k, v = make_qkv(Shape(1, 2, 2, 199, 257, head_dim), dtype, device, family)
+    for head_dim, seqlen_k in itertools.product((64, 128), (257, 1500)):
+        q, k, v = make_qkv(Shape(1, 2, 2, 199, seqlen_k, head_dim), dtype, device, family)
         check_forward(q, k, v, {"softcap": softcap}, algorithm=algorithm, causal="bottom_right")
+
+
+@v3
+@pytest.mark.parametrize("names", COMBINATIONS[:4], ids="+".join)
+@pytest.mark.parametrize("family", [*FAMILIES])
+def test_data_of_many_blocks(device, algorithm, family, names):
+    """Weights that are tried by the maximum so far, and stand in no block, in some, and in all."""
+    rng = random.Random(f"{family}{names}")
+    for head_dim, scale in itertools.product((64, 128), (0.125, -0.125)):
+        shape = Shape(1, 4, 2, 300, 1500, head_dim)
+        q, k, v = make_qkv(shape, BF16, device, family)
+        features = on_device(draw_features(names, rng, shape), device)
+        check_forward(q, k, v, features, algorithm=algorithm, causal=rng.choice(CAUSAL_MODES), scale=scale)
 
 
 @v3

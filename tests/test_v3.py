@@ -150,6 +150,19 @@ def test_data(device, algorithm, head_dim, family, scale):
     check_forward(*forward(q, k, v, algorithm=algorithm, **options), q, k, v, **options)
 
 
+@v3
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("dtype", HALF_DTYPES, ids=dtype_name)
+def test_data_of_many_blocks(device, algorithm, dtype, head_dim, family, sign):
+    """Weights that are tried by the maximum so far, and stand in no block, in some, and in all."""
+    q, k, v = make_qkv(Shape(1, 2, 1, 199, 1500, head_dim), dtype, device, family)
+    for causal in ("none", "bottom_right"):
+        options = {"causal": causal, "scale": sign * head_dim**-0.5}
+        check_forward(*forward(q, k, v, algorithm=algorithm, **options), q, k, v, **options)
+
+
 # ---- short kernel --------------------------------------------------------------------------------
 
 # Of head_dim 64: at most 1024 keys, enough heads, and fewer rows left over by tiles of 256 than by 192.

@@ -12,8 +12,26 @@
 #include "sm90/smem_tile.cuh"
 #include "v3/forward/general_scores.cuh"
 #include "v3/forward/scheduler.cuh"
+#include "v3/forward/softmax.cuh"
 
 namespace flash_ext::v3::forward {
+
+struct AlibiSoftmax : Softmax {
+  float excess[2] = {0.f, 0.f};  // what the block's scores of a row are too large by
+
+  template <int kN>
+  __device__ __forceinline__ void update_max(float (&acc_s)[kN][4], float scale_log2,
+                                             float factor_log2, float max_lag_log2) {
+    const float block_max[2] = {quad_max(own_max_of_row(acc_s, 0) - excess[0]),
+                                quad_max(own_max_of_row(acc_s, 1) - excess[1])};
+    follow(acc_s, block_max, scale_log2, factor_log2, max_lag_log2);
+  }
+
+  __device__ __forceinline__ Exponent exponent(float scale_log2) const {
+    return {scale_log2,
+            {fmaf(excess[0], scale_log2, max_log2[0]), fmaf(excess[1], scale_log2, max_log2[1])}};
+  }
+};
 
 // Of kernels without slopes, and those that add ALiBi to the scores.
 struct NoAlibi {

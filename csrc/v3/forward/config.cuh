@@ -8,7 +8,7 @@
 #include "sm90/smem_tile.cuh"
 #include "v3/forward/alibi.cuh"
 #include "v3/forward/dropout.cuh"
-#include "v3/forward/general_softmax.cuh"
+#include "v3/forward/general_scores.cuh"
 #include "v3/forward/kernel_params.cuh"
 #include "v3/forward/mask_tiles.cuh"
 #include "v3/forward/tile_queue.cuh"
@@ -38,8 +38,9 @@ enum class Variant {
   kShort,      // few keys, and rows that fill tiles of four warpgroups better than of three: d=64
   kHalves,     // a first block of which only the first half is seen is computed by half
   kSplit,      // the keys are split, see splits.h
-  kGeneral,    // see general_scores.cuh and sequence_maps.cuh
-  kAlibi,      // the same with alibi_slopes, which those below take, too
+  kGeneral,    // see general_scores.cuh and sequence_maps.cuh, as all that follow
+  kNarrow,     // the same under a window of few blocks
+  kAlibi,      // and with alibi_slopes, which those below take, too
   kSoftcap,    // and with a softcap, likewise
   kDropout,    // and with dropout
   kFloatMask,  // and with an attn_mask of q's type, without softcap
@@ -49,21 +50,28 @@ enum class Variant {
   kBoolMaskDropout,
   kSparse,         // under a block_mask
   kBiasedSparse,   // and with softcap or alibi_slopes
-  kUniformSparse,  // kSparse where a tile's rows all see the same blocks: d=64
+  kUniformSparse,  // kSparse where a tile's rows all see the same blocks
 };
 
-// H200, bf16, 16k tokens, over cuDNN (v3_tuning.json). d=64: 1.21 at 4k and 1.12 at 512 keys, where
-// the short shape takes 1.26, 128x128 0.96 and no overlap 0.97; at 16k keys the short one is 5%
-// slower. d=128: 1.16 at 512, blocks of 64 keys 0.97; all steps early within 4% either way; a third
-// V stage 0.97 to 1.02 of it; turns at every block 0.6% more clocks at 8k (now 88.5% of the tensor
-// cores' rate), while turns at the first block alone cost the others up to 4%, d=64 up to 8%.
-// d=256: one early step is up to 2% slower; a third K or V stage within 2% either way.
+// H200, bf16, 16k tokens (v3_tuning.json), where the maximum came first. d=64: 512 keys by the
+// short shape 1.26 over cuDNN, 1.12 without; 128x128 0.96, no overlap 0.97; at 16k keys the short
+// one is 5% slower. d=128: blocks of 64 keys 0.97; a third V stage 0.97 to 1.02 of it. d=256: one
+// early step is up to 2% slower; a third K or V stage within 2% either way. Weights that are tried
+// (v3_general_tuning.json): d=64 with two warpgroups 0.78 of it, turns at the first block alone
+// 0.93, the short shape at 16k keys 0.94; d=128 the latter 0.98 at causal 4k, else 1.00.
 template <int kHeadDim, Variant kVariant>
 struct TileShape : TileShape<kHeadDim, Variant::kPlain> {};
 template <>
 struct TileShape<64, Variant::kPlain> : Shape<3, 128, 4, 4, 2, 0> {};
 template <>
 struct TileShape<64, Variant::kShort> : Shape<4, 64, 8, 8, 2, 0> {};
+template <>
+struct TileShape<64, Variant::kSoftcap> : TileShape<64, Variant::kShort> {};
+// A tile's ends count, and 64 rows see half a block of 128 in vain at either end of a window.
+template <>
+struct TileShape<64, Variant::kNarrow> : TileShape<64, Variant::kShort> {};
+template <>
+struct TileShape<128, Variant::kNarrow> : Shape<3, 64, 4, 4, 2, 0> {};
 // With both, three warpgroups would spill.
 template <>
 struct TileShape<64, Variant::kFloatMaskDropout> : Shape<2, 128, 4, 4, 2, 2> {};
@@ -93,7 +101,7 @@ struct TileShape<128, Variant::kSparse> : TileShape<128, Variant::kDropout> {};
 template <>
 struct TileShape<128, Variant::kBiasedSparse> : TileShape<128, Variant::kDropout> {};
 template <>
-struct TileShape<128, Variant::kSoftcap> : Shape<2, 128, 2, 2, 2, 0, Turns::kFirstBlock> {};
+struct TileShape<128, Variant::kSoftcap> : Shape<2, 128, 2, 2, 2, 4> {};
 template <>
 struct TileShape<192, Variant::kPlain> : Shape<2, 96, 2, 2, 1, 1> {};
 template <>
@@ -124,29 +132,20 @@ struct Config : TileShape<kHeadDim_, kVariant> {
   static constexpr bool kIsUniform = kVariant == Variant::kUniformSparse;
   static constexpr bool kIsSparse =
       kVariant == Variant::kSparse || kVariant == Variant::kBiasedSparse || kIsUniform;
-  static constexpr bool kIsGeneral = kVariant == Variant::kGeneral || kVariant == Variant::kAlibi ||
-                                     kVariant == Variant::kSoftcap || kAddsMask || kHidesByMask ||
-                                     kDropsOut || kIsSparse;
-  static constexpr InExponents kInExponents = kVariant == Variant::kAlibi ? InExponents::kAlibi
-                                              : kVariant == Variant::kSoftcap
-                                                  ? InExponents::kSoftcap
-                                                  : InExponents::kNone;
+  static constexpr bool kIsGeneral = kVariant >= Variant::kGeneral;
   static constexpr bool kCapsInExponents = kVariant == Variant::kSoftcap;
   // See softmax.cuh. The others have no registers left for scores beside weights.
-  static constexpr bool kTriesWeights =
-      kHeadDim < 256 &&
-      (!kIsGeneral || kVariant == Variant::kGeneral || kVariant == Variant::kAlibi ||
-       kVariant == Variant::kFloatMask || kVariant == Variant::kBoolMask || kIsUniform);
-  static constexpr bool kMayCap = kVariant != Variant::kGeneral && kVariant != Variant::kAlibi &&
-                                  kVariant != Variant::kFloatMask && kVariant != Variant::kSparse &&
-                                  !kIsUniform;
-  static constexpr bool kMayHaveAlibi = kVariant != Variant::kGeneral &&
-                                        kVariant != Variant::kAlibi &&
-                                        kVariant != Variant::kSparse && !kIsUniform;
-  using Softmax = std::conditional_t<kIsGeneral, GeneralSoftmax<kInExponents>, forward::Softmax>;
+  static constexpr bool kTriesWeights = kHeadDim < 256 && !kDropsOut &&
+                                        (!kIsSparse || kIsUniform) &&
+                                        kVariant != Variant::kCappedFloatMask;
+  static constexpr bool kMayCap = kCapsInExponents || kDropsOut || kHidesByMask ||
+                                  kVariant == Variant::kCappedFloatMask ||
+                                  kVariant == Variant::kBiasedSparse;
+  static constexpr bool kMayHaveAlibi = kMayCap || kVariant == Variant::kFloatMask;
   using Params = std::conditional_t<kIsGeneral, GeneralKernelParams, KernelParams>;
   using Tile = std::conditional_t<kIsGeneral, PlacedTile, forward::Tile>;
   static constexpr bool kTensorAlibi = kVariant == Variant::kAlibi;
+  using Softmax = std::conditional_t<kTensorAlibi, AlibiSoftmax, forward::Softmax>;
   using Alibi = std::conditional_t<kTensorAlibi, TensorAlibi<Base::kBlockN>, NoAlibi>;
   using Dropout = std::conditional_t<kDropsOut, WeightDropout<Base::kBlockN>, NoDropout>;
   using AttnMask = std::conditional_t<

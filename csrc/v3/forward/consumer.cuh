@@ -112,7 +112,8 @@ class Consumer : protected ConsumerWalk<Config> {
     ptx::wgmma_wait_group<0>();
     if (!kTurnEveryBlock) pass_turn();
     release_k();
-    update_max(acc_s, work, work.end - 1, /*is_edge=*/work.end > work.full_end);
+    finish_scores(acc_s, work, work.end - 1, /*is_edge=*/work.end > work.full_end);
+    softmax_.update_max(acc_s, p_.scale.log2, dropout_.factor_log2(), kMaxLagLog2);
     softmax_.template weights<0, kKeys / 8>(acc_s, exponent());
     dropout_.drop(acc_s, work.end - 1);
     sm90::pack_operand<Element>(frag_p_, acc_s);
@@ -123,7 +124,8 @@ class Consumer : protected ConsumerWalk<Config> {
     if constexpr (Config::kIsGeneral) {
 #pragma unroll 1
       for (; n_block >= work.begin; --n_block) {
-        if (Config::kTriesWeights && n_block < work.full_end && n_block >= work.full_begin) {
+        if (Config::kTriesWeights && n_block < work.full_end && n_block >= work.full_begin &&
+            (!Config::kCapsInExponents || p_.softcap.is_for_exponents)) {
           next_block<false>(work, n_block);
         } else {
           next_block<true>(work, n_block);
@@ -156,13 +158,11 @@ class Consumer : protected ConsumerWalk<Config> {
     ptx::wgmma_wait_group<1>();
     release_k();
     if constexpr (Config::kTriesWeights && !kIsEdge) {
-      finish_scores(acc_s, work, n_block, /*is_edge=*/false);
-      if (try_weights(acc_s)) return;
-      // Follows any growth: the next blocks of scores like these are to pass.
-      softmax_.update_max(acc_s, p_.scale.log2, 0.f, /*max_lag_log2=*/0.f);
-      softmax_.template weights<0, kTilesN>(acc_s, exponent());
+      if (!Config::kCapsInExponents) finish_scores(acc_s, work, n_block, /*is_edge=*/false);
+      weigh(acc_s);
     } else {
-      update_max(acc_s, work, n_block, kIsEdge);
+      finish_scores(acc_s, work, n_block, kIsEdge);
+      softmax_.update_max(acc_s, p_.scale.log2, dropout_.factor_log2(), kMaxLagLog2);
       softmax_.template weights<0, kEarlyTiles>(acc_s, exponent());
       if (kEarlyTiles < kTilesN) {
         pin_before_wait(softmax_.row_sum[0] + softmax_.row_sum[1], &smem_.never_written);
@@ -171,19 +171,44 @@ class Consumer : protected ConsumerWalk<Config> {
       release_v();
       softmax_.template weights<kEarlyTiles, kTilesN>(acc_s, exponent());
       dropout_.drop(acc_s, n_block);
+      sm90::pack_operand<Element>(frag_p_, acc_s);
+      softmax_.rescale_accumulator(acc_o_);
     }
+  }
+
+  // Scores of which nothing is hidden to P, with the wait for O somewhere in it.
+  __device__ __forceinline__ void weigh(float (&acc_s)[kTilesN][4]) {
+    const bool tries = softmax_.is_settled && softmax_.trials > 0;
+    if (tries) {
+      if (try_weights(acc_s)) return;
+      --softmax_.trials;
+    } else {
+      ptx::wgmma_wait_group<0>();
+      release_v();
+    }
+    if constexpr (Config::kCapsInExponents) cap_scores(acc_s, p_.softcap);
+    // Behind weights that do not stand it follows any growth: the next ones are to.
+    softmax_.update_max(acc_s, p_.scale.log2, 0.f, tries ? 0.f : kMaxLagLog2);
+    if (!tries && !softmax_.rescales) softmax_.trials = 1;
+    softmax_.template weights<0, kTilesN>(acc_s, exponent());
     sm90::pack_operand<Element>(frag_p_, acc_s);
     softmax_.rescale_accumulator(acc_o_);
   }
 
-  // P by the row maximum so far, with the wait for O somewhere in it; false if the scores are to be
-  // taken again.
+  // The same by the row maximum so far; false if the scores are to be taken again.
   __device__ __forceinline__ bool try_weights(const float (&acc_s)[kTilesN][4]) {
+    const auto exponent = [this] {
+      if constexpr (Config::kCapsInExponents) {
+        return CappedExponent(p_.softcap, softmax_.max_log2);
+      } else {
+        return this->exponent();
+      }
+    }();
     constexpr int kEarly = 2 * Config::kEarlySteps;
     float sum[4] = {0.f, 0.f, 0.f, 0.f};
     float early[kEarly > 0 ? kEarly : 1][4];
 #pragma unroll
-    for (int n = 0; n < kEarly; ++n) softmax_.try_weights(early[n], acc_s[n], sum, exponent());
+    for (int n = 0; n < kEarly; ++n) softmax_.try_weights(early[n], acc_s[n], sum, exponent);
     if (kEarly > 0) {
       // Not the sum alone, which ptxas knows to be positive.
       pin_before_wait(softmax_.row_sum[0] + sum[0] + sum[1] + sum[2] + sum[3],
@@ -194,14 +219,14 @@ class Consumer : protected ConsumerWalk<Config> {
 #pragma unroll
     for (int n = 0; n < kTilesN; ++n) {
       float late[4];
-      if (n >= kEarly) softmax_.try_weights(late, acc_s[n], sum, exponent());
+      if (n >= kEarly) softmax_.try_weights(late, acc_s[n], sum, exponent);
       const float (&weight)[4] = n < kEarly ? early[n < kEarly ? n : 0] : late;
       frag_p_[n / 2][n % 2 * 2] = pack<Element>(weight[0], weight[1]);
       frag_p_[n / 2][n % 2 * 2 + 1] = pack<Element>(weight[2], weight[3]);
     }
     // Added in accept(), ptxas would put all exp2 before the wait and all packing behind it.
     const float sums[2] = {sum[0] + sum[1], sum[2] + sum[3]};
-    return softmax_.accept(sums);
+    return softmax_.accept(sums, exponent);
   }
 
   __device__ __forceinline__ auto exponent() const { return softmax_.exponent(p_.scale.log2); }
@@ -248,23 +273,8 @@ class Consumer : protected ConsumerWalk<Config> {
     work.accumulates = true;
   }
 
-  // All that happens to the scores of a block until they may become weights. `is_edge`: whether the
-  // mask hides any of the block; general calls find out themselves.
-  template <int kN>
-  __device__ __forceinline__ void update_max(float (&acc_s)[kN][4], const Work& work, int n_block,
-                                             bool is_edge) {
-    if constexpr (Config::kCapsInExponents) {
-      softmax_.update_capped_max(
-          acc_s, p_.softcap, [&] { add_alibi(acc_s, work, n_block); },
-          n_block >= work.full_end || n_block < work.full_begin,
-          [&] { hide_keys(acc_s, work, n_block); });
-    } else {
-      finish_scores(acc_s, work, n_block, is_edge);
-      softmax_.update_max(acc_s, p_.scale.log2, dropout_.factor_log2(), kMaxLagLog2);
-    }
-  }
-
-  // What follows on Q K^T before the softmax.
+  // What follows on Q K^T before the softmax. `is_edge`: whether the mask hides any of the block;
+  // general calls find out themselves.
   template <int kN>
   __device__ __forceinline__ void finish_scores(float (&acc_s)[kN][4], const Work& work,
                                                 int n_block, bool is_edge, int first_key = 0) {

@@ -7,6 +7,7 @@
 #include "common/softmax_math.h"
 #include "ptx/math.cuh"
 #include "v3/forward/kernel_params.cuh"
+#include "v3/forward/softmax.cuh"
 
 namespace flash_ext::v3::forward {
 
@@ -60,10 +61,15 @@ __device__ __forceinline__ void cap_by_exponential(float (&acc_s)[kN][4], const 
 
 template <int kN>
 __device__ __forceinline__ void cap_by_polynomial(float (&acc_s)[kN][4], const Softcap& softcap) {
+  const float tanh[3] = {Softcap::kTanh0, Softcap::kTanh1, Softcap::kTanh2};
 #pragma unroll
   for (int n = 0; n < kN; ++n) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) acc_s[n][i] *= cap_factor(acc_s[n][i], softcap.polynomial);
+    for (int i = 0; i < 4; ++i) {
+      // Not the factors of CappedExponent, which ptxas would keep until here.
+      const float y = acc_s[n][i] * softcap.inverse;
+      acc_s[n][i] = softcap.cap * y * cap_factor(y, tanh);
+    }
   }
 }
 
@@ -79,6 +85,30 @@ __device__ __forceinline__ void cap_scores(float (&acc_s)[kN][4], const Softcap&
     cap_by_polynomial(acc_s, softcap);
   }
 }
+
+// The polynomial as a part of the exponents, beside the exp2 and not before the row maximum, for
+// weights that are tried by the maximum so far. That it holds, for all scores of a row, shows in
+// their sum: none is larger than the weight of the last score for which it does. Of scores as far
+// below 0 it makes too little, by less than 2^-18 of the weight of a score of 0, see Softcap: rows
+// whose maximum is below that are not tried.
+struct CappedExponent {
+  float polynomial[3];
+  float max_log2[2];
+  float limit_log2;  // what such a score is capped to
+
+  __device__ __forceinline__ CappedExponent(const Softcap& softcap, const float (&max)[2])
+      : polynomial{softcap.polynomial[0], softcap.polynomial[1], softcap.polynomial[2]},
+        max_log2{max[0], max[1]},
+        limit_log2(softcap.limit_log2) {}
+
+  __device__ __forceinline__ float operator()(float s, int half) const {
+    return fmaf(s, cap_factor(s, polynomial), -max_log2[half]);
+  }
+  __device__ __forceinline__ float most(int half) const {
+    if (max_log2[half] < 0.f) return -1.f;
+    return fminf(kMostWeight, ptx::exp2_approx(limit_log2 - max_log2[half]));
+  }
+};
 
 // Subtracts slope * |i + diagonal - j|. `distance`: of the thread's first row and column. In fp32,
 // where one beyond 2^24 is rounded as its product with the slope is anyway.

@@ -27,8 +27,7 @@ inline SequenceWorkspace general_workspace(const ForwardParams& params) {
 inline bool has_uniform_blocks(const ForwardParams& params) {
   const GeneralParams& general = params.general;
   return general.block_mask.data != nullptr && general.block_mask.block_size >= kLeastBlockM &&
-         params.shape.padded_head_dim_v3() == 64 && general.window_left < 0 &&
-         general.softcap == 0.0 && general.alibi_slopes.data == nullptr;
+         general.window_left < 0 && general.softcap == 0.0 && general.alibi_slopes.data == nullptr;
 }
 
 // Of lengths that the GPU reads, or the one number of tiles taken.

@@ -10,16 +10,16 @@
 //   2. issue S = Q K_j^T; wait for V_j+1; issue O += P V_j+1; pass the turn on
 //   3. wait for S, let go of K_j, mask it if the block lies on an edge (general calls: softcap,
 //      attn_mask and ALiBi before that)
-//   4. row maximum and the first weights      } the tensor cores compute O meanwhile
+//   4. the first weights, by the row maximum so far   } the tensor cores compute O meanwhile
 //   5. wait for O, let go of V_j+1
-//   6. the other weights, P; O rescaled if a maximum grew by more than 2^8 of weight
-// Dropout's random numbers are drawn beside the weights in 6, see dropout.cuh.
+//   6. the other weights, P; only where their sums say that the maximum has grown by more than 2^8
+//      of weight that maximum, the weights again, and O rescaled: see softmax.cuh
+// Blocks on an edge, and kernels without registers for scores beside weights, begin 4 with the row
+// maximum. Dropout's random numbers are drawn beside the weights in 6, see dropout.cuh.
 //
 //   tensor cores  | S0 | PV0   | S1 | PV1   | S0 | PV0   | S1 | PV1   |      0, 1: warpgroups
 //   softmax 0          |####################|    |####################|
 //   softmax 1     #####|         |####################|    |####################|
-//
-// At d=128 there is a turn for a tile's first S alone: that sets the warpgroups half a step apart.
 //
 // A tile's first block has no P V beside it, its last P V no S: there 1 / l and L are computed. O
 // leaves through the warpgroup's own rows of Q while the next tile begins, sent by the producer:
@@ -44,10 +44,9 @@
 // while the P V of the block that they saw last may still be to come (sparse_consumer.cuh). Turns
 // are for a tile's first block alone, whoever sees it.
 //
-// At d=64 that is for blocks of 64. Where the mask's are no smaller than a tile of 128 rows, no
-// warpgroup passes over anything (uniform_consumer.cuh); each thread block takes the tile that is
-// next when it is free (tile_queue.cuh); and step 4 is left out unless it turns out to be needed
-// (eager_softmax.cuh): weights are relative to the last block's maximum.
+// That is for blocks of 64 scores a side, or beside biases and windows. Where the mask's blocks are
+// no smaller than a tile of 128 rows no warpgroup passes over anything (uniform_consumer.cuh), and
+// each thread block takes the tile that is next when it is free (tile_queue.cuh).
 //
 // Budget at                    d=64      d=64, short  d=128     d=256
 //   consumers x keys           3 x 128   4 x 64       2 x 128   2 x 64

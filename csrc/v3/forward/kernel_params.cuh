@@ -29,33 +29,43 @@ struct KernelParams {
 // softcap * tanh(s * scale / softcap), in units of log2 unless a float mask follows, see
 // general_scores.cuh.
 struct Softcap {
+  // tanh(y) = y (c0 + c1 y^2 + c2 y^4) to 5e-8 for |y| <= 0.25: the smallest maximum error.
+  static constexpr float kTanh0 = 0.999998633f;
+  static constexpr float kTanh1 = -0.333157014f;
+  static constexpr float kTanh2 = 0.127622303f;
+
   bool is_on = false;
-  bool is_last;          // nothing follows on it, and the exponents may take the polynomial
-  float max_polynomial;  // |s| up to which the polynomial holds
-  float polynomial[3];   // of s^2, times s
-  float exponent;        // of 2, for a score of 1: e^(2 s scale / softcap)
-  float cap;             // softcap in those units
+  bool is_for_exponents;  // the polynomial may become a part of them, see CappedExponent
+  float max_polynomial;   // |s| up to which the polynomial holds
+  float limit_log2;       // what such an s is capped to
+  float polynomial[3];    // of s^2, times s
+  float inverse;          // y for a score of 1
+  float exponent;         // of 2, for a score of 1: e^(2 s scale / softcap)
+  float cap;              // softcap in those units
 
   Softcap() = default;
   // Where softcap is 0 there is none. The scale is that of the sign-changed Q, positive; `unit`: of
   // what leaves it, log2(e) for units of log2.
   Softcap(double softcap, double scale, double unit, bool has_alibi) : is_on(softcap > 0.0) {
     if (!is_on) return;
-    // tanh(y) = y (c0 + c1 y^2 + c2 y^4) to 5e-8 for |y| <= 0.25: the smallest maximum error.
-    constexpr double kTanh[3] = {0.999998633, -0.333157014, 0.127622303};
     const double factor = scale / softcap;
     max_polynomial = static_cast<float>(kMaxTanhPolynomial / factor);
+    limit_log2 = static_cast<float>(std::tanh(kMaxTanhPolynomial) * softcap * unit);
+    const double coefficients[3] = {kTanh0, kTanh1, kTanh2};
     for (int i = 0; i < 3; ++i) {
-      polynomial[i] = static_cast<float>(kTanh[i] * softcap * unit * std::pow(factor, 2 * i + 1));
+      polynomial[i] =
+          static_cast<float>(coefficients[i] * softcap * unit * std::pow(factor, 2 * i + 1));
     }
+    inverse = static_cast<float>(factor);
     exponent = static_cast<float>(2 * kLog2e * factor);
     cap = static_cast<float>(softcap * unit);
-    is_last = !has_alibi && cap < kHugeLog2 && polynomial[2] > kTiny;
+    is_for_exponents = !has_alibi && cap >= kLeastCapLog2;
   }
 
  private:
   static constexpr double kMaxTanhPolynomial = 0.25;
-  static constexpr float kTiny = 1e-30f;  // 0 times -inf would be NaN
+  // From here on weights 2^(-cap tanh y) for y > 0.25 differ from the polynomial's by at most 2e-6.
+  static constexpr float kLeastCapLog2 = 24.f;
 };
 
 // Where lengths are read on the GPU (cu_seqlens_q, seqlens_k): what prepare_sequences.cuh writes.

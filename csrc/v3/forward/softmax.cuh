@@ -15,7 +15,11 @@ namespace flash_ext::v3::forward {
 // Most blocks are therefore spared their maximum, too: their weights are tried relative to the one
 // so far, beside the scores, which stay, and taken unless their sum exceeds 2^8. What lies between
 // S and its weights otherwise, a maximum, shuffles and a vote, is what the tensor cores wait for.
+// After kTrials in a row in vain, as where scores rise from block to block, the maximum comes
+// first, and there is another trial once that no longer moves.
 inline constexpr float kMaxLagLog2 = 8.f;
+inline constexpr float kMostWeight = 256.f;
+inline constexpr int kTrials = 2;
 
 struct Softmax {
   float row_max[2] = {-INFINITY, -INFINITY};  // of the unscaled scores; lags
@@ -24,21 +28,17 @@ struct Softmax {
   float rescale[2];                           // what earlier weights are to be multiplied by
   bool rescales = false;                      // in this warp: some rescale is not 1
   bool shifts = false;                        // in this warp: huge scores, see ExponentBase
-  bool is_settled = false;  // in this warp: all rows have seen a score, and none is huge
+  bool is_settled = false;  // in this warp: all have seen a score, none a huge one
+  int trials = kTrials;     // in this warp: left, see below
 
   // Takes in the block's scores. Afterwards weights() may turn them into weights, times
   // 2^factor_log2. `max_lag_log2`: by how much the maximum may lag.
   template <int kN>
   __device__ __forceinline__ void update_max(float (&acc_s)[kN][4], float scale_log2,
                                              float factor_log2, float max_lag_log2) {
-    float block_max[2];
-    bool grows[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      block_max[half] = quad_max(own_max_of_row(acc_s, half));
-      grows[half] = exceeds(block_max[half], half, scale_log2, max_lag_log2);
-    }
-    raise_max(acc_s, block_max, grows, scale_log2, factor_log2);
+    const float block_max[2] = {quad_max(own_max_of_row(acc_s, 0)),
+                                quad_max(own_max_of_row(acc_s, 1))};
+    follow(acc_s, block_max, scale_log2, factor_log2, max_lag_log2);
   }
 
   // Of this thread's columns.
@@ -55,15 +55,12 @@ struct Softmax {
     return fmaxf(even, odd);
   }
 
-  __device__ __forceinline__ bool exceeds(float block_max, int half, float scale_log2,
-                                          float lag_log2) const {
-    return (block_max - row_max[half]) * scale_log2 > lag_log2;
-  }
-
+  // Raises the maximum where it lags too far behind the block's.
   template <int kN>
-  __device__ __forceinline__ void raise_max(float (&acc_s)[kN][4], const float (&block_max)[2],
-                                            const bool (&grows)[2], float scale_log2,
-                                            float factor_log2) {
+  __device__ __forceinline__ void follow(float (&acc_s)[kN][4], const float (&block_max)[2],
+                                         float scale_log2, float factor_log2, float max_lag_log2) {
+    const bool grows[2] = {(block_max[0] - row_max[0]) * scale_log2 > max_lag_log2,
+                           (block_max[1] - row_max[1]) * scale_log2 > max_lag_log2};
     rescales = __any_sync(0xffffffffu, grows[0] || grows[1]);
     if (!rescales && !shifts) return;
     float shift[2];
@@ -88,15 +85,24 @@ struct Softmax {
     }
   }
 
-  // What 2 is raised to: a function of (score, half).
-  __device__ __forceinline__ auto exponent(float scale_log2) const {
-    return
-        [this, scale_log2](float s, int half) { return __fmaf_rn(s, scale_log2, -max_log2[half]); };
+  // What 2 is raised to, of a score of row `half`.
+  struct Exponent {
+    float scale_log2;
+    float subtrahend[2];
+
+    __device__ __forceinline__ float operator()(float s, int half) const {
+      return __fmaf_rn(s, scale_log2, -subtrahend[half]);
+    }
+    // How large a weight that is tried may be.
+    __device__ __forceinline__ float most(int) const { return kMostWeight; }
+  };
+  __device__ __forceinline__ Exponent exponent(float scale_log2) const {
+    return {scale_log2, {max_log2[0], max_log2[1]}};
   }
 
   // Scores to weights, and their sum, for the 8-column tiles [kBegin, kEnd).
-  template <int kBegin, int kEnd, int kN, typename Exponent>
-  __device__ __forceinline__ void weights(float (&acc_s)[kN][4], const Exponent& exponent) {
+  template <int kBegin, int kEnd, int kN, typename AnyExponent>
+  __device__ __forceinline__ void weights(float (&acc_s)[kN][4], const AnyExponent& exponent) {
     float sum[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
     for (int n = kBegin; n < kEnd; ++n) try_weights(acc_s[n], acc_s[n], sum, exponent);
@@ -105,9 +111,9 @@ struct Softmax {
   }
 
   // Of one such tile, by the maximum so far; `sum`: of this thread's weights of the block.
-  template <typename Exponent>
+  template <typename AnyExponent>
   __device__ __forceinline__ static void try_weights(float (&weight)[4], const float (&score)[4],
-                                                     float (&sum)[4], const Exponent& exponent) {
+                                                     float (&sum)[4], const AnyExponent& exponent) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       weight[i] = ptx::exp2_approx(exponent(score[i], i / 2));
@@ -115,15 +121,16 @@ struct Softmax {
     }
   }
 
-  // Whether the weights that were tried stand, for the whole warp: none exceeds 2^kMaxLagLog2 where
-  // the sums of a thread's do not, which NaN is not either. If not, update_max() and weights() are
-  // to follow.
-  __device__ __forceinline__ bool accept(const float (&sums)[2]) {
-    constexpr float kMostSum = 256.f;
-    const bool stand = sums[0] <= kMostSum && sums[1] <= kMostSum;
-    if (!__all_sync(0xffffffffu, stand && is_settled)) return false;
+  // Whether the weights that were tried stand, for the whole warp: none is larger than it may be
+  // where the sums of a thread's are not. NaN is no such sum. If not, update_max() and weights()
+  // are to follow.
+  template <typename AnyExponent>
+  __device__ __forceinline__ bool accept(const float (&sums)[2], const AnyExponent& exponent) {
+    const bool stand = sums[0] <= exponent.most(0) && sums[1] <= exponent.most(1);
+    if (!__all_sync(0xffffffffu, stand)) return false;
     row_sum[0] += sums[0];
     row_sum[1] += sums[1];
+    trials = kTrials;
     return true;
   }
 

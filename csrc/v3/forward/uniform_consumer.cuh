@@ -83,7 +83,9 @@ class UniformConsumer : public Consumer<Config> {
       ptx::wgmma_wait_group<0>();
       this->release_v();
     }
-    weigh(acc_s, kMaxLagLog2);
+    softmax_.update_max(acc_s, p_.scale.log2, 0.f, kMaxLagLog2);
+    softmax_.template weights<0, kTilesN>(acc_s, this->exponent());
+    sm90::pack_operand<Element>(frag_p_, acc_s);
     if (!kIsFirst) softmax_.rescale_accumulator(acc_o_);
   }
 
@@ -94,17 +96,8 @@ class UniformConsumer : public Consumer<Config> {
     const int own_note = note();
     ptx::wgmma_wait_group<1>();
     this->release_k();
-    if (this->try_weights(acc_s)) return own_note;
-    weigh(acc_s, /*max_lag_log2=*/0.f);
-    softmax_.rescale_accumulator(acc_o_);
+    this->weigh(acc_s);
     return own_note;
-  }
-
-  // Scores to P, after their maximum.
-  __device__ __forceinline__ void weigh(float (&acc_s)[kTilesN][4], float max_lag_log2) {
-    softmax_.update_max(acc_s, p_.scale.log2, 0.f, max_lag_log2);
-    softmax_.template weights<0, kTilesN>(acc_s, this->exponent());
-    sm90::pack_operand<Element>(frag_p_, acc_s);
   }
 };
 
