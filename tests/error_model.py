@@ -144,7 +144,9 @@ class ErrorModel:
         self.ds, self.ds_variance = ds, ds_variance + p2 * delta_variance  # of what is added to the scores
         # 1 - tanh^2 cancels where the cap is reached.
         cap_variance = (4 * self.eps) ** 2 * ds2 if self.softcap else 0.0 * ds2
-        ds, ds2, ds_variance = ds * self.cap, ds2 * self.cap**2, ds_variance * self.cap**2 + cap_variance
+        # It is rounded behind that: where it is subnormal by more than the cap leaves of its rounding.
+        ds_variance = (ds_variance - self._rounding(ds)) * self.cap**2 + self._rounding(ds * self.cap) + cap_variance
+        ds, ds2 = ds * self.cap, ds2 * self.cap**2
         p2, weights = p2 * self.cap**2, self.p * self.cap
         if self.is_cuda and head_dim > 128:
             # v3's warpgroups hand P on as an operand, rounded, and dS is computed from that.
