@@ -82,7 +82,7 @@ template <>
 struct TileShape<64, Variant::kSparse> : Shape<3, 128, 4, 4, 2, 0, Turns::kFirstBlock> {};
 // What is off for one warpgroup is off for all. Of 192 rows two thirds would not be.
 template <>
-struct TileShape<64, Variant::kUniformSparse> : Shape<2, 128, 4, 4, 2, 0> {};
+struct TileShape<64, Variant::kUniformSparse> : Shape<2, 128, 6, 6, 2, 0> {};
 template <>
 struct TileShape<64, Variant::kBiasedSparse> : TileShape<64, Variant::kSparse> {};
 template <>
@@ -138,6 +138,8 @@ struct Config : TileShape<kHeadDim_, kVariant> {
   static constexpr bool kTriesWeights = kHeadDim < 256 && !kDropsOut &&
                                         (!kIsSparse || kIsUniform) &&
                                         kVariant != Variant::kCappedFloatMask;
+  // And whether trials end after kTrials: under a block_mask at d=64 that costs 6%.
+  static constexpr bool kCountsTrials = !kIsUniform;
   static constexpr bool kMayCap = kCapsInExponents || kDropsOut || kHidesByMask ||
                                   kVariant == Variant::kCappedFloatMask ||
                                   kVariant == Variant::kBiasedSparse;

@@ -178,10 +178,10 @@ class Consumer : protected ConsumerWalk<Config> {
 
   // Scores of which nothing is hidden to P, with the wait for O somewhere in it.
   __device__ __forceinline__ void weigh(float (&acc_s)[kTilesN][4]) {
-    const bool tries = softmax_.is_settled && softmax_.trials > 0;
+    const bool tries = !Config::kCountsTrials || (softmax_.is_settled && softmax_.trials > 0);
     if (tries) {
       if (try_weights(acc_s)) return;
-      --softmax_.trials;
+      if (Config::kCountsTrials) --softmax_.trials;
     } else {
       ptx::wgmma_wait_group<0>();
       release_v();
@@ -226,7 +226,7 @@ class Consumer : protected ConsumerWalk<Config> {
     }
     // Added in accept(), ptxas would put all exp2 before the wait and all packing behind it.
     const float sums[2] = {sum[0] + sum[1], sum[2] + sum[3]};
-    return softmax_.accept(sums, exponent);
+    return softmax_.accept(sums, exponent, Config::kCountsTrials || softmax_.is_settled);
   }
 
   __device__ __forceinline__ auto exponent() const { return softmax_.exponent(p_.scale.log2); }

@@ -121,12 +121,13 @@ struct Softmax {
     }
   }
 
-  // Whether the weights that were tried stand, for the whole warp: none is larger than it may be
-  // where the sums of a thread's are not. NaN is no such sum. If not, update_max() and weights()
-  // are to follow.
+  // Whether the weights that were tried stand, for the whole warp: there was a maximum, and none is
+  // larger than it may be where the sums of a thread's are not. NaN is no such sum. If not,
+  // update_max() and weights() are to follow.
   template <typename AnyExponent>
-  __device__ __forceinline__ bool accept(const float (&sums)[2], const AnyExponent& exponent) {
-    const bool stand = sums[0] <= exponent.most(0) && sums[1] <= exponent.most(1);
+  __device__ __forceinline__ bool accept(const float (&sums)[2], const AnyExponent& exponent,
+                                         bool had_maximum) {
+    const bool stand = had_maximum && sums[0] <= exponent.most(0) && sums[1] <= exponent.most(1);
     if (!__all_sync(0xffffffffu, stand)) return false;
     row_sum[0] += sums[0];
     row_sum[1] += sums[1];
