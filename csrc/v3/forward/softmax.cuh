@@ -127,8 +127,8 @@ struct Softmax {
   template <typename AnyExponent>
   __device__ __forceinline__ bool accept(const float (&sums)[2], const AnyExponent& exponent,
                                          bool had_maximum) {
-    const bool stand = had_maximum && sums[0] <= exponent.most(0) && sums[1] <= exponent.most(1);
-    if (!__all_sync(0xffffffffu, stand)) return false;
+    const bool stand = sums[0] <= exponent.most(0) && sums[1] <= exponent.most(1);
+    if (!__all_sync(0xffffffffu, stand && had_maximum)) return false;
     row_sum[0] += sums[0];
     row_sum[1] += sums[1];
     trials = kTrials;
