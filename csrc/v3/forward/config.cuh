@@ -136,8 +136,9 @@ struct Config : TileShape<kHeadDim_, kVariant> {
       kVariant == Variant::kSparse || kVariant == Variant::kBiasedSparse || kIsUniform;
   static constexpr bool kIsGeneral = kVariant >= Variant::kGeneral;
   static constexpr bool kCapsInExponents = kVariant == Variant::kSoftcap;
-  // See softmax.cuh. The others have no registers left for scores beside weights.
-  static constexpr bool kTriesWeights = kHeadDim < 256 && !kDropsOut &&
+  // See softmax.cuh. The others have no registers left for scores beside weights: head_dim 192
+  // spills 4 bytes where keys are split, 256 up to 16.
+  static constexpr bool kTriesWeights = kHeadDim <= 128 && !kDropsOut &&
                                         (!kIsSparse || kIsUniform) &&
                                         kVariant != Variant::kCappedFloatMask;
   // And whether trials end after kTrials. (That costs 6% here, 16k, d=64; plain calls within 1%.)
