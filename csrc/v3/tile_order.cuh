@@ -47,6 +47,17 @@ struct TileOrder {
   }
 };
 
+// How many of a head's tiles, by rank, are as long as those in its middle; length(rank). Under a
+// causal window the first rows see fewer keys than those behind them, and the last keys are seen by
+// fewer rows.
+template <typename Length>
+int num_long_ranks(int tiles_per_head, const Length& length) {
+  int ranks = tiles_per_head;
+  const auto longest = length(ranks / 2);
+  while (ranks > 1 && length(ranks - 1) < longest) --ranks;
+  return ranks;
+}
+
 // What a section may take of L2 (50 MB), beside what else passes through.
 inline constexpr int64_t kSectionBytes = 32 << 20;
 

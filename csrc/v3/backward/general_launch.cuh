@@ -29,19 +29,15 @@ CUtensorMap make_mask_map(const ScoreTensor& mask, const AttentionShape& s) {
                                                   : make(sm90::make_tensor_map<Element>);
 }
 
-// How many of a head's key tiles, in order, are seen by as many rows as those in its middle. Under
-// a causal window the last keys are seen by fewer.
+// See TileOrder: by the rows that see a key tile.
 inline int long_ranks(const BackwardParams& params, const BandMask& band,
                       const Schedule& schedule) {
-  int ranks = schedule.order.tiles_per_head;
+  const int ranks = schedule.order.tiles_per_head;
   if (params.general.window_left < 0 || has_own_lengths(params.general.sequences)) return ranks;
-  const auto rows = [&](int n_block) {
+  return num_long_ranks(ranks, [&](int n_block) {
     const int key0 = n_block * kBackwardBlockN;
     return band.row_end(std::min(key0 + kBackwardBlockN, band.seqlen_k) - 1) - band.row_begin(key0);
-  };
-  const int most = rows(ranks / 2);
-  while (ranks > 1 && rows(ranks - 1) < most) --ranks;
-  return ranks;
+  });
 }
 
 template <typename Config>

@@ -290,7 +290,7 @@ class Consumer : protected ConsumerWalk<Config> {
 
   template <int kN>
   __device__ __forceinline__ void add_alibi(float (&acc_s)[kN][4], const Work& work, int n_block,
-                                            int first_key = 0) {
+                                            int first_key) {
     if constexpr (Config::kTensorAlibi) {
       alibi_.finish(acc_s, softmax_.excess, n_block, lane_idx_);
     } else if (Config::kMayHaveAlibi && p_.alibi_slopes.data != nullptr) {
@@ -301,7 +301,7 @@ class Consumer : protected ConsumerWalk<Config> {
 
   template <int kN>
   __device__ __forceinline__ void hide_keys(float (&acc_s)[kN][4], const Work& work, int n_block,
-                                            int first_key = 0) const {
+                                            int first_key) const {
     const int col0 = first_col(n_block, first_key);
     if (n_block >= work.full_end) {
       hide_keys_behind(acc_s, band_of(work), first_row(work), col0);

@@ -139,20 +139,16 @@ KernelMask make_kernel_mask(const ForwardParams& params) {
   return kernel_mask;
 }
 
-// How many of a head's tiles, by rank, have as many blocks as those in its middle. Under a causal
-// window the first rows have fewer keys than those behind them.
+// See num_long_ranks(): by the blocks that a tile's rows see.
 template <typename Config>
 int long_ranks(const GeneralParams& general, const BandMask& band, const Schedule& schedule) {
-  int ranks = schedule.order.tiles_per_head;
+  const int ranks = schedule.order.tiles_per_head;
   if (general.window_left < 0 || has_own_lengths(general.sequences)) return ranks;
-  const auto length = [&](int rank) {
+  return num_long_ranks(ranks, [&](int rank) {
     const BlockRange blocks = band_blocks(band, first_row(band.seqlen_q, rank, Config::kBlockM),
                                           Config::kBlockM, Config::kBlockN);
     return blocks.end - blocks.begin;
-  };
-  const int longest = length(ranks / 2);
-  while (ranks > 1 && length(ranks - 1) < longest) --ranks;
-  return ranks;
+  });
 }
 
 template <typename Config>

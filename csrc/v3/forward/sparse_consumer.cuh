@@ -11,22 +11,22 @@ template <typename Config>
 class SparseConsumer : public Consumer<Config> {
   using Base = Consumer<Config>;
   using Element = typename Config::Element;
-  using QTile = typename Config::QTile;
-  using KVTile = typename Config::KVTile;
+  using typename Base::KVTile;
+  using typename Base::QTile;
   using HalfTile = sm90::SmemTile<Element, Config::kBlockN / 2, Config::kHeadDim>;
   using Base::acc_o_;
   using Base::frag_p_;
   using Base::k_at_;
+  using Base::kBlockN;
+  using Base::kEarlyTiles;
+  using Base::kTilesN;
+  using Base::kTurnEveryBlock;
   using Base::p_;
   using Base::smem_;
   using Base::softmax_;
   using Base::v_at_;
   using typename Base::Softmax;
   using typename Base::Work;
-  static constexpr int kBlockN = Config::kBlockN;
-  static constexpr int kTilesN = kBlockN / 8;
-  static constexpr bool kTurnEveryBlock = Config::kTurns == Turns::kEveryBlock;
-  static constexpr int kEarlyTiles = Config::kEarlySteps > 0 ? 2 * Config::kEarlySteps : kTilesN;
 
  public:
   using Base::Base;
@@ -90,7 +90,7 @@ class SparseConsumer : public Consumer<Config> {
     this->release_k();
     this->finish_scores(acc_s, work, n_block, /*is_edge=*/false);
     softmax_.update_max(acc_s, p_.scale.log2, 0.f, kMaxLagLog2);
-    softmax_.template weights<0, kEarlyTiles>(acc_s, softmax_.exponent(p_.scale.log2));
+    softmax_.template weights<0, kEarlyTiles>(acc_s, this->exponent());
     if (kHasProduct) {
       if (kEarlyTiles < kTilesN) {
         pin_before_wait(softmax_.row_sum[0] + softmax_.row_sum[1], &smem_.never_written);
@@ -98,7 +98,7 @@ class SparseConsumer : public Consumer<Config> {
       ptx::wgmma_wait_group<0>();
       release_product();
     }
-    softmax_.template weights<kEarlyTiles, kTilesN>(acc_s, softmax_.exponent(p_.scale.log2));
+    softmax_.template weights<kEarlyTiles, kTilesN>(acc_s, this->exponent());
     sm90::pack_operand<Element>(frag_p_, acc_s);
     if (kHasProduct || work.accumulates) softmax_.rescale_accumulator(acc_o_);
     product_at_ = v_at_;
@@ -120,7 +120,7 @@ class SparseConsumer : public Consumer<Config> {
     this->release_k();
     this->finish_scores(acc_s, work, n_block, /*is_edge=*/false, first_key);
     softmax_.update_max(acc_s, p_.scale.log2, 0.f, kMaxLagLog2);
-    softmax_.template weights<0, kTilesN / 2>(acc_s, softmax_.exponent(p_.scale.log2));
+    softmax_.template weights<0, kTilesN / 2>(acc_s, this->exponent());
     uint32_t frag[kBlockN / 32][4];
     sm90::pack_operand<Element>(frag, acc_s);
     if (work.accumulates) softmax_.rescale_accumulator(acc_o_);
