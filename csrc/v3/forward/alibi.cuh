@@ -2,8 +2,7 @@
 // either side of the diagonal it is a number that a row's scores share, which the exponents
 // subtract, and +-slope * (j - the nearest column): of the slope in three bf16 parts, which are
 // exact, and of a column's number in the block, which is exact, too. Only blocks on the diagonal
-// are left to the other units, whose FMA a score cost 0.80 of plain attention's rate at d=64
-// (H200).
+// are left to the other units: an FMA a score everywhere takes 1.02 to 1.07 times as long (H200).
 #pragma once
 
 #include "common/numeric.cuh"

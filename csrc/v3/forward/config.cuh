@@ -82,7 +82,8 @@ struct TileShape<64, Variant::kBoolMaskDropout> : Shape<2, 128, 4, 4, 2, 2> {};
 // Warpgroups see different blocks, and would wait for one another's turns.
 template <>
 struct TileShape<64, Variant::kSparse> : Shape<3, 128, 4, 4, 2, 0, Turns::kFirstBlock> {};
-// What is off for one warpgroup is off for all. Of 192 rows two thirds would not be.
+// 128 rows never lie across rows of the mask's blocks. Of tiles of 192 two in three do, and load
+// what is on for either.
 template <>
 struct TileShape<64, Variant::kUniformSparse> : Shape<2, 128, 6, 6, 2, 0> {};
 template <>

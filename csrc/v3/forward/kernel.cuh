@@ -34,7 +34,7 @@
 //   Q full, buffer and group   the producer, then TMA's bytes       the group
 //   Q empty, buffer and group  the group's warps, O lying there     Q thread of the producer
 //   named 1.. (turns)          the group before, the group itself   the group whose turn it is
-//   named behind these         one group, where the scale is < 0    the group
+//   named behind these         one group, where it alters its Q     the group
 //
 // General calls with lengths that the GPU reads have tiles and tensor maps from
 // prepare_sequences.cuh. Only the producer's two threads ask for them.

@@ -18,7 +18,7 @@ namespace flash_ext::v3::forward {
 // After kTrials in a row in vain, as where scores rise from block to block, the maximum comes
 // first, and there is another trial once that no longer moves.
 inline constexpr float kMaxLagLog2 = 8.f;
-inline constexpr float kMostWeight = 256.f;
+inline constexpr float kMostWeight = 256.f;  // 2^kMaxLagLog2
 inline constexpr int kTrials = 2;
 
 struct Softmax {
@@ -29,7 +29,7 @@ struct Softmax {
   bool rescales = false;                      // in this warp: some rescale is not 1
   bool shifts = false;                        // in this warp: huge scores, see ExponentBase
   bool is_settled = false;  // in this warp: all have seen a score, none a huge one
-  int trials = kTrials;     // in this warp: left, see below
+  int trials = kTrials;     // in this warp: left, of kTrials
 
   // Takes in the block's scores. Afterwards weights() may turn them into weights, times
   // 2^factor_log2. `max_lag_log2`: by how much the maximum may lag.

@@ -1,6 +1,6 @@
 // Tiles whose lengths nobody knows before the launch, as under a block_mask: each goes to the
-// thread block that asks next. Dealt out beforehand, the longest share of 16k keys, a quarter of
-// them seen, is 8% over the mean.
+// thread block that asks next. Dealt out beforehand, 16k keys of which a quarter are seen took 1.04
+// times as long (H200, d=64).
 #pragma once
 
 #include "sm90/pipeline.cuh"
