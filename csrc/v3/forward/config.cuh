@@ -151,7 +151,9 @@ struct Config : TileShape<kHeadDim_, kVariant> {
   using Params = std::conditional_t<kIsGeneral, GeneralKernelParams, KernelParams>;
   using Tile = std::conditional_t<kIsGeneral, PlacedTile, forward::Tile>;
   static constexpr bool kTensorAlibi = kVariant == Variant::kAlibi;
-  using Softmax = std::conditional_t<kTensorAlibi, AlibiSoftmax, forward::Softmax>;
+  using Softmax =
+      std::conditional_t<kTensorAlibi, AlibiSoftmax,
+                         std::conditional_t<kCapsInExponents, CappedSoftmax, forward::Softmax>>;
   using Alibi = std::conditional_t<kTensorAlibi, TensorAlibi<Base::kBlockN>, NoAlibi>;
   using Dropout = std::conditional_t<kDropsOut, WeightDropout<Base::kBlockN>, NoDropout>;
   using AttnMask = std::conditional_t<

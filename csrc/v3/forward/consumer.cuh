@@ -113,7 +113,7 @@ class Consumer : protected ConsumerWalk<Config> {
     if (!kTurnEveryBlock) pass_turn();
     release_k();
     finish_scores(acc_s, work, work.end - 1, /*is_edge=*/work.end > work.full_end);
-    softmax_.update_max(acc_s, p_.scale.log2, dropout_.factor_log2(), kMaxLagLog2);
+    update_max(acc_s, kMaxLagLog2);
     softmax_.template weights<0, kKeys / 8>(acc_s, exponent());
     dropout_.drop(acc_s, work.end - 1);
     sm90::pack_operand<Element>(frag_p_, acc_s);
@@ -162,7 +162,7 @@ class Consumer : protected ConsumerWalk<Config> {
       weigh(acc_s);
     } else {
       finish_scores(acc_s, work, n_block, kIsEdge);
-      softmax_.update_max(acc_s, p_.scale.log2, dropout_.factor_log2(), kMaxLagLog2);
+      update_max(acc_s, kMaxLagLog2);
       softmax_.template weights<0, kEarlyTiles>(acc_s, exponent());
       if (kEarlyTiles < kTilesN) {
         pin_before_wait(softmax_.row_sum[0] + softmax_.row_sum[1], &smem_.never_written);
@@ -188,18 +188,24 @@ class Consumer : protected ConsumerWalk<Config> {
     }
     if constexpr (Config::kCapsInExponents) cap_scores(acc_s, p_.softcap);
     // Behind weights that do not stand it follows any growth: the next ones are to.
-    softmax_.update_max(acc_s, p_.scale.log2, 0.f, tries ? 0.f : kMaxLagLog2);
+    update_max(acc_s, tries ? 0.f : kMaxLagLog2);
     if (!tries && !softmax_.rescales) softmax_.trials = 1;
     softmax_.template weights<0, kTilesN>(acc_s, exponent());
     sm90::pack_operand<Element>(frag_p_, acc_s);
     softmax_.rescale_accumulator(acc_o_);
   }
 
+  template <int kN>
+  __device__ __forceinline__ void update_max(float (&acc_s)[kN][4], float max_lag_log2) {
+    softmax_.update_max(acc_s, p_.scale.log2, dropout_.factor_log2(), max_lag_log2);
+    if constexpr (Config::kCapsInExponents) softmax_.limit_weights(p_.softcap);
+  }
+
   // The same by the row maximum so far; false if the scores are to be taken again.
   __device__ __forceinline__ bool try_weights(const float (&acc_s)[kTilesN][4]) {
     const auto exponent = [this] {
       if constexpr (Config::kCapsInExponents) {
-        return CappedExponent(p_.softcap, softmax_.max_log2);
+        return CappedExponent(p_.softcap, softmax_);
       } else {
         return this->exponent();
       }

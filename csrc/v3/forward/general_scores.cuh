@@ -86,6 +86,20 @@ __device__ __forceinline__ void cap_scores(float (&acc_s)[kN][4], const Softcap&
   }
 }
 
+// How large a weight may be that is tried by CappedExponent: known before, for between the weights
+// and the vote on them it would be waited for (a seventh of the softmax at d=128, a third at 64).
+struct CappedSoftmax : Softmax {
+  float most_weight[2];
+
+  __device__ __forceinline__ void limit_weights(const Softcap& softcap) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float limit = ptx::exp2_approx(softcap.limit_log2 - max_log2[half]);
+      most_weight[half] = max_log2[half] < 0.f ? -1.f : fminf(kMostWeight, limit);
+    }
+  }
+};
+
 // The polynomial as a part of the exponents, beside the exp2 and not before the row maximum, for
 // weights that are tried by the maximum so far. That it holds, for all scores of a row, shows in
 // their sum: none is larger than the weight of the last score for which it does. Of scores as far
@@ -94,20 +108,17 @@ __device__ __forceinline__ void cap_scores(float (&acc_s)[kN][4], const Softcap&
 struct CappedExponent {
   float polynomial[3];
   float max_log2[2];
-  float limit_log2;  // what such a score is capped to
+  float most_weight[2];
 
-  __device__ __forceinline__ CappedExponent(const Softcap& softcap, const float (&max)[2])
+  __device__ __forceinline__ CappedExponent(const Softcap& softcap, const CappedSoftmax& softmax)
       : polynomial{softcap.polynomial[0], softcap.polynomial[1], softcap.polynomial[2]},
-        max_log2{max[0], max[1]},
-        limit_log2(softcap.limit_log2) {}
+        max_log2{softmax.max_log2[0], softmax.max_log2[1]},
+        most_weight{softmax.most_weight[0], softmax.most_weight[1]} {}
 
   __device__ __forceinline__ float operator()(float s, int half) const {
     return fmaf(s, cap_factor(s, polynomial), -max_log2[half]);
   }
-  __device__ __forceinline__ float most(int half) const {
-    if (max_log2[half] < 0.f) return -1.f;
-    return fminf(kMostWeight, ptx::exp2_approx(limit_log2 - max_log2[half]));
-  }
+  __device__ __forceinline__ float most(int half) const { return most_weight[half]; }
 };
 
 // Subtracts slope * |i + diagonal - j|. `distance`: of the thread's first row and column. In fp32,
