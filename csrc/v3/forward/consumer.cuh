@@ -112,7 +112,7 @@ class Consumer : protected ConsumerWalk<Config> {
     ptx::wgmma_wait_group<0>();
     if (!kTurnEveryBlock) pass_turn();
     release_k();
-    finish_scores(acc_s, work, work.end - 1, /*is_edge=*/work.end > work.full_end);
+    finish_scores(acc_s, work, work.end - 1, Config::kIsGeneral || work.end > work.full_end);
     update_max(acc_s, kMaxLagLog2);
     softmax_.template weights<0, kKeys / 8>(acc_s, exponent());
     dropout_.drop(acc_s, work.end - 1);
@@ -122,13 +122,20 @@ class Consumer : protected ConsumerWalk<Config> {
   __device__ __forceinline__ void other_blocks(Work& work) {
     int n_block = work.end - 2;
     if constexpr (Config::kIsGeneral) {
+      const bool tries =
+          Config::kTriesWeights && (!Config::kCapsInExponents || p_.softcap.is_for_exponents);
+      const int full_end = tries ? work.full_end : work.begin;
+      const int full_begin = max(work.full_begin, work.begin);
 #pragma unroll 1
-      for (; n_block >= work.begin; --n_block) {
-        if (Config::kTriesWeights && n_block < work.full_end && n_block >= work.full_begin &&
-            (!Config::kCapsInExponents || p_.softcap.is_for_exponents)) {
-          next_block<false>(work, n_block);
+      while (n_block >= work.begin) {
+        if (n_block >= full_end || n_block < full_begin) {
+          next_block<true>(work, n_block--);
         } else {
-          next_block<true>(work, n_block);
+          // A loop of its own: one for all blocks, with its branches, takes 1.03 times as long at
+          // d=128.
+#pragma unroll 1
+          do next_block<false>(work, n_block--);
+          while (n_block >= full_begin);
         }
       }
     } else {
@@ -232,7 +239,7 @@ class Consumer : protected ConsumerWalk<Config> {
     }
     // Added in accept(), ptxas would put all exp2 before the wait and all packing behind it.
     const float sums[2] = {sum[0] + sum[1], sum[2] + sum[3]};
-    return softmax_.accept(sums, exponent, Config::kCountsTrials || softmax_.is_settled);
+    return softmax_.accept(sums, exponent);
   }
 
   __device__ __forceinline__ auto exponent() const { return softmax_.exponent(p_.scale.log2); }
@@ -279,8 +286,8 @@ class Consumer : protected ConsumerWalk<Config> {
     work.accumulates = true;
   }
 
-  // What follows on Q K^T before the softmax. `is_edge`: whether the mask hides any of the block;
-  // general calls find out themselves.
+  // What follows on Q K^T before the softmax. `is_edge`: whether the mask may hide any of the
+  // block.
   template <int kN>
   __device__ __forceinline__ void finish_scores(float (&acc_s)[kN][4], const Work& work,
                                                 int n_block, bool is_edge, int first_key = 0) {
@@ -288,7 +295,7 @@ class Consumer : protected ConsumerWalk<Config> {
       if (Config::kMayCap && p_.softcap.is_on) cap_scores(acc_s, p_.softcap);
       attn_mask_.apply(acc_s, tile_of(work), n_block > work.begin, n_block - 1);
       add_alibi(acc_s, work, n_block, first_key);
-      hide_keys(acc_s, work, n_block, first_key);
+      if (is_edge) hide_keys(acc_s, work, n_block, first_key);
     } else if (is_edge) {
       mask_scores(acc_s, p_.mask, first_row(work), first_col(n_block, first_key));
     }

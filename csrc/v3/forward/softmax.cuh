@@ -125,10 +125,9 @@ struct Softmax {
   // larger than it may be where the sums of a thread's are not. NaN is no such sum. If not,
   // update_max() and weights() are to follow.
   template <typename AnyExponent>
-  __device__ __forceinline__ bool accept(const float (&sums)[2], const AnyExponent& exponent,
-                                         bool had_maximum) {
+  __device__ __forceinline__ bool accept(const float (&sums)[2], const AnyExponent& exponent) {
     const bool stand = sums[0] <= exponent.most(0) && sums[1] <= exponent.most(1);
-    if (!__all_sync(0xffffffffu, stand && had_maximum)) return false;
+    if (!__all_sync(0xffffffffu, stand && is_settled)) return false;
     row_sum[0] += sums[0];
     row_sum[1] += sums[1];
     trials = kTrials;

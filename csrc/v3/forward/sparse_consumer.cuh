@@ -88,7 +88,7 @@ class SparseConsumer : public Consumer<Config> {
     ptx::wgmma_wait_group<kHasProduct ? 1 : 0>();
     if (takes_turn && !kTurnEveryBlock) this->pass_turn();
     this->release_k();
-    this->finish_scores(acc_s, work, n_block, /*is_edge=*/false);
+    this->finish_scores(acc_s, work, n_block, /*is_edge=*/true);
     softmax_.update_max(acc_s, p_.scale.log2, 0.f, kMaxLagLog2);
     softmax_.template weights<0, kEarlyTiles>(acc_s, this->exponent());
     if (kHasProduct) {
@@ -118,7 +118,7 @@ class SparseConsumer : public Consumer<Config> {
     ptx::wgmma_wait_group<0>();
     if (takes_turn) this->pass_turn();
     this->release_k();
-    this->finish_scores(acc_s, work, n_block, /*is_edge=*/false, first_key);
+    this->finish_scores(acc_s, work, n_block, /*is_edge=*/true, first_key);
     softmax_.update_max(acc_s, p_.scale.log2, 0.f, kMaxLagLog2);
     softmax_.template weights<0, kTilesN / 2>(acc_s, this->exponent());
     uint32_t frag[kBlockN / 32][4];
