@@ -39,7 +39,7 @@ enum class Variant {
   kHalves,     // a first block of which only the first half is seen is computed by half
   kSplit,      // the keys are split, see splits.h
   kGeneral,    // see general_scores.cuh and sequence_maps.cuh, as all that follow
-  kNarrow,     // the same under a window of few blocks
+  kNarrow,     // the same where a query sees few blocks
   kAlibi,      // and with alibi_slopes, which those below take, too
   kSoftcap,    // and with a softcap, likewise
   kDropout,    // and with dropout

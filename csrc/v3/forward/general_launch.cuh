@@ -209,8 +209,12 @@ EntryTables prepare_entries(const ForwardParams& params, cudaStream_t stream) {
 }
 
 // Whether a query sees few blocks: those of a window of up to 2,048 keys. (Of the kernels' two
-// shapes the narrow one takes 0.93 of the other's time at 1,024; wider ones were not measured.)
-inline bool is_narrow(const GeneralParams& general) {
+// shapes the narrow one takes 0.93 of the other's time at 1,024; wider ones were not measured.) Or,
+// at d=64, where the narrow shape is the short one, those of a short sequence.
+template <int kHeadDim>
+bool is_narrow(const ForwardParams& params) {
+  const GeneralParams& general = params.general;
+  if (kHeadDim == 64 && !has_own_lengths(general.sequences) && is_short(params.shape)) return true;
   constexpr int64_t kNarrow = 2048;
   const bool is_causal = general.causal != CausalMode::kNone;
   if (general.window_left < 0 || (!is_causal && general.window_right < 0)) return false;
@@ -247,7 +251,7 @@ auto with_general_config(const ForwardParams& params, Function&& f) {
   if (params.general.alibi_slopes.data != nullptr) {
     return f(Config<Element, kHeadDim, Variant::kAlibi>());
   }
-  if (is_narrow(params.general)) return f(Config<Element, kHeadDim, Variant::kNarrow>());
+  if (is_narrow<kHeadDim>(params)) return f(Config<Element, kHeadDim, Variant::kNarrow>());
   return f(Config<Element, kHeadDim, Variant::kGeneral>());
 }
 
