@@ -86,8 +86,8 @@ __device__ __forceinline__ void cap_scores(float (&acc_s)[kN][4], const Softcap&
   }
 }
 
-// How large a weight may be that is tried by CappedExponent: known before, for between the weights
-// and the vote on them it would be waited for (a seventh of the softmax at d=128, a third at 64).
+// How large a weight may be that is tried by CappedExponent. Known before: between the weights and
+// the vote on them it is waited for, which takes 1.05 times as long at d=64, 1.03 at d=128 (H200).
 struct CappedSoftmax : Softmax {
   float most_weight[2];
 
