@@ -70,7 +70,7 @@ struct TileShape<64, Variant::kShort> : Shape<4, 64, 8, 8, 2, 0> {};
 // With turns at every block 0.95 of its speed at 512 keys, 0.98 at 1,024; without a mask 1.02.
 template <>
 struct TileShape<64, Variant::kShortCausal> : Shape<4, 64, 8, 8, 2, 0, Turns::kFirstBlock> {};
-// 1.10 causal and 0.99 full (4k) of the speed of three warpgroups.
+// 1.09 causal and 0.99 full (4k) of the speed of three warpgroups.
 template <>
 struct TileShape<64, Variant::kSoftcap> : TileShape<64, Variant::kShort> {};
 // A tile's ends count, and 64 rows see half a block of 128 in vain at either end of a window. Turns

@@ -112,7 +112,8 @@ class Consumer : protected ConsumerWalk<Config> {
     ptx::wgmma_wait_group<0>();
     if (!kTurnEveryBlock) pass_turn();
     release_k();
-    finish_scores(acc_s, work, work.end - 1, Config::kIsGeneral || work.end > work.full_end);
+    const bool is_edge = Config::kIsGeneral || work.end > work.full_end;
+    finish_scores(acc_s, work, work.end - 1, is_edge);
     update_max(acc_s, kMaxLagLog2);
     softmax_.template weights<0, kKeys / 8>(acc_s, exponent());
     dropout_.drop(acc_s, work.end - 1);
@@ -122,20 +123,20 @@ class Consumer : protected ConsumerWalk<Config> {
   __device__ __forceinline__ void other_blocks(Work& work) {
     int n_block = work.end - 2;
     if constexpr (Config::kIsGeneral) {
-      const bool tries =
+      const bool may_try =
           Config::kTriesWeights && (!Config::kCapsInExponents || p_.softcap.is_for_exponents);
-      const int full_end = tries ? work.full_end : work.begin;
-      const int full_begin = max(work.full_begin, work.begin);
+      const int tried_begin = max(work.full_begin, work.begin);
+      const int tried_end = may_try ? work.full_end : work.begin;
 #pragma unroll 1
       while (n_block >= work.begin) {
-        if (n_block >= full_end || n_block < full_begin) {
+        if (n_block >= tried_end || n_block < tried_begin) {
           next_block<true>(work, n_block--);
         } else {
           // A loop of its own: one for all blocks, with its branches, takes 1.03 times as long at
           // d=128.
 #pragma unroll 1
           do next_block<false>(work, n_block--);
-          while (n_block >= full_begin);
+          while (n_block >= tried_begin);
         }
       }
     } else {

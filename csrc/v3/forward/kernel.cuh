@@ -5,8 +5,9 @@
 //   consumers, 64 rows each   S = Q K^T, softmax, O += P V
 //
 // A warpgroup's step for block j, the last visible block first; j + 1 is the block before:
-//   1. wait for K_j, then for the turn (general calls: before, unpack a float mask, to which S is
-//      added)
+//   1. wait for K_j, then for the turn, in some shapes at a tile's first block alone (general
+//   calls:
+//      before, unpack a float mask, to which S is added)
 //   2. issue S = Q K_j^T; wait for V_j+1; issue O += P V_j+1; pass the turn on
 //   3. wait for S, let go of K_j, mask it if the block lies on an edge (general calls: softcap,
 //      attn_mask and ALiBi before that)
