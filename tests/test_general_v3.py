@@ -60,6 +60,26 @@ def test_window_edges(device, algorithm, head_dim, window, causal):
 
 
 @v3
+@pytest.mark.parametrize("window", [(4096, 2), (4095, 0), (4097, 300)], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_wide_window(device, algorithm, head_dim, window):
+    """Both edges in sight, in the kernel of wide windows and, up to 4,096 keys, in that of narrow ones."""
+    q, k, v = make_qkv(Shape(1, 2, 1, 400, 4800, head_dim), BF16, device)
+    check_forward(q, k, v, {"window": window}, algorithm=algorithm)
+
+
+@v3
+@pytest.mark.parametrize("causal", CAUSAL_MODES)
+@pytest.mark.parametrize(("seqlen_q", "seqlen_k"), [(193, 1), (256, 257), (512, 1024), (961, 127)])
+def test_short_kernel(device, algorithm, seqlen_q, seqlen_k, causal):
+    """At head_dim 64 short sequences have tiles of 256 rows, as in plain calls."""
+    q, k, v = make_qkv(Shape(1, 24, 8, seqlen_q, seqlen_k, 64), BF16, device)
+    features = {"sinks": torch.linspace(-3.0, 3.0, 24, device=device)}
+    assert flash_ext.explain(q, k, v, algorithm=algorithm, **features).block_m == 256
+    check_forward(q, k, v, features, algorithm=algorithm, causal=causal)
+
+
+@v3
 @pytest.mark.parametrize("dtype", HALF_DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("softcap", [0.01, 1.0, 30.0, 500.0])
 @pytest.mark.parametrize("family", [*FAMILIES])
